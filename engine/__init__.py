@@ -8,8 +8,9 @@ SetResult(old_value=None, new_value={'name': 'Ada'}, revision=1)
 {'name': 'Ada'}
 >>> engine.close()
 
-`help(scopestate.Engine)` describes the calls, and `dir(scopestate)` has the names of what else there is: handles
-(`Scope`), results (`SetResult`, ...), what handlers get (`StateEvent`, `Delivery`), errors (all: `scopestate.errors`).
+`help(scopestate.Engine)` describes the calls. `dir(scopestate)` lists the other names: handles (`Scope`), results
+(`SetResult`, ...), what handlers receive (`StateEvent`, `Delivery`), and errors (the whole tree is in
+`scopestate.errors`).
 """
 
 from __future__ import annotations
@@ -72,12 +73,12 @@ __all__ = [
     "ops",
 ]
 
-if not TYPE_CHECKING:  # a checker would take every name for one of the package
+if not TYPE_CHECKING:  # with it, a type checker would accept every name
 
     def __getattr__(name: str) -> Any:
-        """Load at the first use what takes time to import: the engine 100 ms, asyncio 20 ms, the version 10 ms.
+        """Import slow parts at their first use: the engine takes 100 ms, asyncio 20 ms, the version 10 ms.
 
-        So a module of the package costs no more than itself: pytest loads the plugin in every run.
+        So importing one module of the package loads only that module: pytest loads the plugin in every run.
         """
         if name == "AioEngine":
             found = importlib.import_module("scopestate.aio").AioEngine
@@ -94,10 +95,10 @@ if not TYPE_CHECKING:  # a checker would take every name for one of the package
 
 
 def _exported(name: str) -> Any:
-    """Load all that is exported, and return what has this name now."""
+    """Load everything that is exported, and return the object with this name."""
     exports = importlib.import_module("scopestate.exports")
     here = globals()
-    # What is there stays: a test may have replaced it.
+    # Names that are already set stay: a test may have replaced them.
     here.update({each: vars(exports)[each] for each in exports.__all__ if each not in here})
     return here[name]
 
@@ -105,7 +106,7 @@ def _exported(name: str) -> Any:
 def _module(name: str) -> Any:
     """Return a module of the package, for `from scopestate import testing`.
 
-    Not by `_exported`: if a module that the exports need is the first to be imported, they are not there yet.
+    This does not go through `_exported`: if the exports need the module that is imported first, they do not exist yet.
     """
     whole = f"scopestate.{name}"
     try:
@@ -124,11 +125,11 @@ def __dir__() -> list[str]:
 
 
 def _is_for_help() -> bool:
-    """Return whether `help(scopestate)` asks: all classes would be 3,000 lines, and each has its own help."""
+    """Return whether `help(scopestate)` is asking: it would print 3,000 lines, and each class has its own help."""
     import inspect  # noqa: PLC0415 - takes 10 ms
 
     frame = inspect.currentframe()
-    for _ in range(6):  # `dir` is called by `inspect.getmembers`, and that by pydoc
+    for _ in range(6):  # pydoc calls `inspect.getmembers`, which calls `dir`
         if frame is None:
             break
         if frame.f_code.co_filename.endswith("pydoc.py"):
@@ -142,5 +143,5 @@ def _installed_version() -> str:
 
     try:
         return version("scopestate")
-    except PackageNotFoundError:  # the source, without an installation
+    except PackageNotFoundError:  # run from source, not installed
         return "0+unknown"

@@ -51,8 +51,8 @@ class AioEngine(AioStateCalls):
 
     A call on a scope that is idle and in memory is answered without suspending. A busy scope, one that must be loaded,
     a commit, a full handler, Redis and a bridge suspend the task; none of them blocks the event loop. If a task is
-    cancelled while it waits, its call is withdrawn: nothing is written if its turn has not begun, or, in Redis and
-    behind a bridge, if it was not sent yet.
+    cancelled while it waits, its call is withdrawn: nothing is written if the turn had not begun, or, in Redis and
+    behind a bridge, if the call was not sent yet.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -143,14 +143,14 @@ class AioEngine(AioStateCalls):
         """As `Engine.list_groups`."""
         engine = self._engine
         if not engine._parts.backend.keeps or engine._forked:
-            return engine.list_groups()  # nothing to wait for; in a forked child it raises, and no thread would run it
+            return engine.list_groups()  # nothing to wait for; a forked child, where no thread would run it, raises
         groups: list[str] = await _outcome(engine._parts.dispatcher.submit, engine.list_groups)
         return groups
 
     def watch(
         self, scope: str | None = None, scope_prefix: str | None = None, **options: Unpack[WatchOptions]
     ) -> AioChanges:
-        """As `Engine.watch`, for `async with` and `async for`. It begins where it is entered, or first read."""
+        """As `Engine.watch`, for `async with` and `async for`. It begins when it is entered or first read."""
         return watch_later(self._engine, WatchSettings(scope, scope_prefix, options))
 
     @overload
@@ -206,7 +206,7 @@ class AioEngine(AioStateCalls):
         return None if text is None else decode(text)
 
     async def elsewhere(self, work: Callable[[], A]) -> A:
-        """Run `work()`, which may wait for a disk, on a worker thread, and return what it gives or raises."""
+        """Run `work()`, which may wait for a disk, on a worker thread; return its result, or raise what it raises."""
         self._engine._refuse_if_closed()  # in a forked child no thread would run it
         answer: A = await _outcome(self._engine._parts.dispatcher.submit, work)
         return answer
@@ -287,7 +287,7 @@ class AioEngine(AioStateCalls):
         return await self._run_later(scope, turn) if answer is BUSY else answer
 
     async def _run_later(self, scope: str, turn: turns.Turn[A]) -> A:
-        """Have `turn` run when the scope can take it, and wait without blocking the event loop."""
+        """Queue `turn` for its scope, and wait for the answer without blocking the event loop."""
         try:
             return await self._queued(self._scopes[scope], turn)
         except HandlerFull:
@@ -319,7 +319,7 @@ class AioEngine(AioStateCalls):
         return self._deadlines.setdefault(loop, Deadlines(loop))
 
     async def _run_when_room(self, scope: str, turn: turns.Turn[A]) -> A:
-        """A handler must catch up first: wait for it, then try again."""
+        """Wait until the full handler has caught up, then try again."""
         backlog, loop = self._engine._router.backlog, asyncio.get_running_loop()
         timeout_s = self._limits.call_timeout_s
         deadline = None if timeout_s is None else loop.time() + timeout_s
@@ -338,11 +338,11 @@ class AioEngine(AioStateCalls):
                     backlog.refused.add()
                     raise Overloaded(said) from error
             finally:
-                backlog.stop_waiting(room.set)  # whatever came: a task that was cancelled leaves nothing behind
+                backlog.stop_waiting(room.set)  # in any case: a cancelled task leaves nothing behind
 
 
-# Nothing here runs on the event loop's default executor: it has a few threads, which belong to the program, and a wait
-# for handlers on each of them would keep those handlers from their own `asyncio.to_thread`.
+# Nothing here runs on the event loop's default executor: it has few threads, which belong to the program, and if each
+# of them waited for handlers, those handlers could not use `asyncio.to_thread`.
 
 
 async def _answer(reply: Reply[Any], timeout_s: float | None) -> Any:
@@ -358,7 +358,7 @@ async def _answer(reply: Reply[Any], timeout_s: float | None) -> Any:
 
 
 async def _on_thread(work: Callable[[], Any], name: str) -> Any:
-    """Wait for `work()` on a thread of its own: it may take long, and waits for what other threads do."""
+    """Run `work()` on a thread of its own, and wait for it: it may take long, and waits for other threads."""
 
     def start(run: Callable[[], object]) -> None:
         threading.Thread(target=run, name=name, daemon=True).start()
@@ -367,16 +367,16 @@ async def _on_thread(work: Callable[[], Any], name: str) -> Any:
 
 
 async def _outcome(start: Callable[[Callable[[], object]], object], work: Callable[[], Any]) -> Any:
-    """Have `start` run `work()` elsewhere, and wait for what it gives or raises."""
+    """Have `start` run `work()` elsewhere, wait for it, and return its result or raise what it raises."""
     reply = LoopReply()
-    # In this context: what runs in a handler must know it, or it would wait for its own handler.
+    # In the context of the caller: within a handler the work must see that, or it would wait for that handler.
     context = contextvars.copy_context()
 
     def run() -> None:
         outcome: tuple[Any, BaseException | None]
         try:
             outcome = context.run(work), None
-        except BaseException as error:  # noqa: BLE001 - the task that waits gets it
+        except BaseException as error:  # noqa: BLE001 - raised in the task that waits
             outcome = None, error
         reply.set(outcome)
 

@@ -1,4 +1,4 @@
-"""The calls of `state` as coroutines. What each does, returns and raises is said there."""
+"""The calls of `state` as coroutines. That module says what each does, returns and raises."""
 
 from __future__ import annotations
 

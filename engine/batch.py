@@ -28,10 +28,10 @@ OVER: Final = -1
 
 
 class Writes(Generic[T]):
-    """Checks and writes of one scope, collected until the end of a `with` statement, which does all or none of them.
+    """Checks and writes of one scope, collected until the end of a `with` statement: it does all of them or none.
 
-    Arguments are checked, and values encoded, in the call that gives them. Nothing is sent before the end of the block,
-    and nothing at all if the block raises. It belongs to the thread that has entered it.
+    Each call checks its arguments and encodes its value. Nothing is sent before the end of the block, and nothing at
+    all if the block raises. Only the thread that has entered it may use it.
     """
 
     __slots__ = ("_checks", "_limits", "_options", "_owner", "_result", "_run", "_sets", "_steps", "scope")
@@ -45,9 +45,9 @@ class Writes(Generic[T]):
         self._limits = limits
         self._options = options
         self._owner = _NOT_ENTERED
-        """The thread that has entered it, or one of the two numbers above, which no thread has."""
+        """The id of the thread that has entered it, or one of the two numbers above, which no thread has as its id."""
         self._sets: dict[str, bytes] | None = {}
-        """Plain sets of keys that are all different: what most batches are. None: they are among the steps."""
+        """Plain sets of keys that are all different, as in most batches. None: the sets are among the steps."""
         self._steps: list[Step] = []
         self._checks: list[Check] = []
         self._result: BatchResult | None = None
@@ -125,7 +125,7 @@ class Writes(Generic[T]):
         return self
 
     def _turn(self) -> tuple[Turn[BatchResult], bool | None]:
-        """Return what is to be done. From here on nothing can be added."""
+        """Return the turn of the batch, and whether it is durable. After this nothing can be added."""
         if self._owner != get_ident():
             self._refuse_misuse()
         self._owner = OVER
@@ -153,7 +153,7 @@ _NOTHING: Final[Turn[Any]] = SetAll({})
 
 
 class Batch(Writes[T], Generic[T]):
-    """Checks and writes of one scope, done in one step at the end of a `with` statement, or not at all.
+    """Checks and writes of one scope, carried out in one step at the end of a `with` statement, or not at all.
 
     >>> from scopestate import Engine, ops
     >>> engine = Engine()
@@ -167,7 +167,8 @@ class Batch(Writes[T], Generic[T]):
 
     The end of the block raises Conflict if a check fails, UpdateRefused if an op does not fit, BatchTooLarge, and what
     `Engine.set` raises; then nothing is written. Each key is written once, with one event, however many calls
-    name it. Each call sees what those before it have done. What the block raises goes on, and nothing is written.
+    name it. Each call works on the result of the calls before it. An exception in the block reaches the caller, and
+    nothing is written.
     """
 
     __slots__ = ()

@@ -1,4 +1,4 @@
-"""The descriptions of functions and trigger types: the API reference, generated from the structs.
+"""Descriptions of functions and trigger types, as in the API reference, generated from the structs.
 
 Their JSON schemas are made from type hints in the dialect of the reference. msgspec's own `json.schema` writes the
 2020-12 dialect; the reference is draft-07 as iii writes it: `definitions`, `true` for any value, `null` in a list of
@@ -7,8 +7,7 @@ types, ops inline in a `oneOf`. Scalars are left to msgspec.
 - A `Meta` with a `title` makes a type a definition of that name; notes behind it belong to the field that has it.
 - A result says by `json_fields` which of its fields and properties its JSON has.
 - `Meta(extra=OPTIONAL)` takes a field out of `required`.
-- What scopestate takes and returns beside the reference's fields is optional: without these properties the schemas are
-  the reference's.
+- The fields that scopestate adds to the reference's are optional: without them the schemas are the reference's.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ _DIALECT: Final = "http://json-schema.org/draft-07/schema#"
 def functions(registered: Functions) -> list[dict[str, Any]]:
     """Describe the built-in functions as the API reference does, then the registered ones in order of registration.
 
-    The schemas of a registered function are those of the types it was registered with. `{}`, which allows anything: it
-    was registered without.
+    The schemas of a registered function are those of the types it was registered with; without types they are `{}`,
+    which allows anything.
     """
     described: list[dict[str, Any]] = decode(_builtin_functions())
     described += [
@@ -97,9 +96,9 @@ def _builtin_trigger_types() -> bytes:
 
 
 def schema(title: str, hint: Any) -> dict[str, Any]:
-    """Return the schema of an object, a struct or TypedDict, or of one that may be null, under a name.
+    """Return the schema of a struct or TypedDict, which may be null, under a name.
 
-    The name of one of the reference's is the reference's.
+    A type of the reference keeps the reference's name.
     """
     writer = _Writer()
     kinds = [kind for kind in get_args(hint) if kind is not types.NoneType] if _may_be_null(hint) else [hint]
@@ -127,7 +126,7 @@ class _Writer:
         self.definitions: dict[str, Any] = {}
 
     def of(self, hint: Any) -> Any:
-        """The schema of any type; `True` for one that says nothing."""
+        """Return the schema of any type; `True` for a type without constraints."""
         kind, metas = _split(hint)
         for place, meta in enumerate(metas):
             if meta.title is not None:
@@ -139,7 +138,7 @@ class _Writer:
         return self._plain(kind, metas) or True
 
     def object(self, hint: Any) -> dict[str, Any]:
-        """The schema of a struct or TypedDict: its fields by name, the required ones, the tag."""
+        """Return the schema of a struct or TypedDict: its fields by name, the required ones, and the tag."""
         kind, metas = _split(hint)
         properties: dict[str, Any] = {}
         required: list[str] = []
@@ -191,7 +190,7 @@ class _Writer:
 
 
 def _split(hint: Any) -> tuple[Any, tuple[msgspec.Meta, ...]]:
-    """Return a hint's type and what is noted at it, from the inside out."""
+    """Return a hint's type and its annotations, from the inside out."""
     if get_origin(hint) is not Annotated:
         return hint, ()
     kind, *notes = get_args(hint)
@@ -229,7 +228,7 @@ def _enumeration(words: list[Any]) -> dict[str, Any]:
 
 
 def _words(metas: tuple[msgspec.Meta, ...]) -> dict[str, Any]:
-    """What the notes say about a type, beside its name."""
+    """Return what the annotations say about a type, except its name."""
     words: dict[str, Any] = {}
     for meta in metas:
         if meta.description is not None:

@@ -1,4 +1,4 @@
-"""`engine.consumers()` and `engine.dead_letters()`: how far durable triggers are, and what they have given up."""
+"""`engine.consumers()` and `engine.dead_letters()`: progress of durable triggers, and events that they gave up."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ A = TypeVar("A")
 
 
 class _Access:
-    """What an engine has of consumers."""
+    """Access to the consumers of an engine."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -56,7 +56,7 @@ class _Access:
 
 
 class EngineConsumers(_Access):
-    """The consumers of an engine: iterate to see how far each is. Methods may be called from any thread.
+    """The consumers of an engine. Iteration yields the status of each. Methods may be called from any thread.
 
     Each raises StorageError if the store or the connection fails.
     """
@@ -68,24 +68,24 @@ class EngineConsumers(_Access):
         return len(self._list())
 
     def __getitem__(self, name: str) -> ConsumerStatus:
-        """Return how far a consumer is. Raises KeyError if there is none of this name."""
+        """Return the status of a consumer. Raises KeyError if no consumer has this name."""
         return {status.name: status for status in self._list()}[name]
 
     def pause(self, name: str, why: str = BY_THE_PROGRAM) -> None:
-        """Begin no more deliveries until `resume`, also after a restart; events are kept. What is running ends.
+        """Begin no more deliveries until `resume`, also after a restart. Events are kept; running handlers finish.
 
-        Raises InvalidRegistration if there is no such consumer; it may have no trigger here.
+        Raises InvalidRegistration if no consumer has this name. It need not have a trigger in this program.
         """
         self._pause(name, why)
 
     def resume(self, name: str) -> None:
-        """Go on with a consumer that is paused. Raises as `pause`."""
+        """Resume deliveries of a paused consumer. Raises as `pause`."""
         self._resume(name)
 
     def forget(self, name: str) -> None:
-        """Remove a consumer, with the events that wait for it and its dead letters. Raises as `pause`.
+        """Remove a consumer with its waiting events and its dead letters. Raises as `pause`.
 
-        If its trigger is registered here, that goes on as a new consumer, with the events from then on.
+        If its trigger is registered here, the trigger continues as a new consumer, with the events from then on.
         """
         self._forget(name)
 
@@ -157,7 +157,7 @@ class _Letters(_Access):
 def _chosen(
     call: str, ids: Iterable[str] | None, *, chosen_otherwise: bool, otherwise: str
 ) -> builtins.list[str] | None:
-    """Return the ids that a call names; None for what it says otherwise. Leaving everything out chooses nothing."""
+    """Return the ids that a call names; None if another argument chooses. Without any argument nothing is chosen."""
     if (ids is None) != chosen_otherwise:
         raise DeserializationError(f"{call} takes the ids of letters, or {otherwise}")
     if ids is None:
@@ -170,24 +170,25 @@ def _chosen(
 
 
 class DeadLetters(_Letters):
-    """The events that durable triggers have given up: of one consumer, or of all. Methods: from any thread.
+    """The events that durable triggers have given up: of one consumer, or of all. Usable from any thread.
 
     Each raises StorageError if the store or the connection fails.
     """
 
     def list(self, limit: int = 100, after: str | None = None) -> builtins.list[DeadLetter]:
-        """Return letters, the oldest first: those behind the one with the id `after`."""
+        """Return at most `limit` letters, the oldest first: those after the one with the id `after`."""
         return self._page(limit, after)
 
     def get(self, letter_id: str) -> DeadLetter | None:
-        """Return one; None if there is none with this id."""
+        """Return one letter; None if no letter has this id."""
         return self._one(letter_id)
 
     def replay(self, ids: Iterable[str] | None = None, *, all: bool = False, reset: bool = True) -> int:  # noqa: A002 - as it is called
-        """Have letters delivered again, and return how many; all of them or none, also if the process is killed.
+        """Have letters delivered again, all or none even if the process is killed; return their number.
 
-        A letter that held back what follows it in order is delivered first; others behind what waits now. `reset`:
-        attempts and times begin anew; False: the attempts go on, so that one failure may make it a letter again.
+        A letter that holds back later events of its lane is delivered first; others come after the events that wait
+        now. With `reset`, attempts and times begin anew; without it the attempts are counted on, so one failure may
+        make it a dead letter again.
         """
         return self._replay(ids, every=all, reset=reset)
 
@@ -198,9 +199,9 @@ class DeadLetters(_Letters):
         all: bool = False,  # noqa: A002 - as it is called
         before: datetime | None = None,
     ) -> int:
-        """Remove letters for good, and return how many; all of them or none. `before`: those given up before then.
+        """Remove letters for good, all or none; return their number. `before` chooses those given up before that time.
 
-        What a letter held back goes on.
+        Events that a letter held back are then delivered.
         """
         return self._purge(ids, every=all, before=before)
 

@@ -81,7 +81,7 @@ class Engine(Reactive, StateCalls):
     """
 
     _observer: Observer | None = None
-    """Set while it is observed: see `scopestate.observing`."""
+    """Set while the engine is observed: see `scopestate.observing`."""
 
     def __init__(
         self,
@@ -96,10 +96,10 @@ class Engine(Reactive, StateCalls):
         """Open an engine. Without a config it keeps everything in memory only.
 
         `on_error` is called with a DeliveryFailure for each failed attempt to deliver an event, and for each event that
-        reached no handler; `on_dead_letter` only when the event is given up. Both run on worker threads. `adapter` and
-        `dispatcher` replace the configured ones. `handle_sigterm`: if the backend keeps the state, SIGTERM and SIGHUP
-        close the engine before they end the process; if the program handles SIGTERM itself, everything is saved before
-        its handler runs.
+        reached no handler; `on_dead_letter` is called only when the event is given up. Both run on worker threads.
+        `adapter` and `dispatcher` replace the configured ones. With `handle_sigterm`, if the backend keeps the state,
+        SIGTERM and SIGHUP close the engine before they end the process; if the program handles SIGTERM itself,
+        everything is saved before its handler runs.
 
         Raises ConfigError, and StorageError if the store cannot be opened.
         """
@@ -131,7 +131,7 @@ class Engine(Reactive, StateCalls):
         self._polled: dict[int, weakref.ref[Polled]] = {}
         """The watches that poll another engine."""
         self._hubs: list[Any] = []
-        """What knows the workers of each server of this engine (`server/hub.py`)."""
+        """The hub of each server of this engine (`server/hub.py`); it knows the server's workers."""
         self._closing = Closing(parts)
         self._watcher: ConfigWatcher | None = None
         self._forked = False
@@ -145,21 +145,21 @@ class Engine(Reactive, StateCalls):
         self._begin(handle_sigterm=handle_sigterm)
 
     def _begin(self, *, handle_sigterm: bool) -> None:
-        """Begin to work, when everything is made."""
+        """Start working, once all parts are made."""
         try:
             self._parts.configure()
             if self._parts.sharing is not None:
                 self._parts.sharing.start(self)
         except BaseException:
-            self._closing.close(0.0)  # what was opened: the caller gets no engine that it could close
+            self._closing.close(0.0)  # the caller gets no engine that it could close
             raise
         lifecycle.watch_over(self)
         if handle_sigterm and self._parts.backend.keeps:
             lifecycle.close_on_signals()
 
     def _take_over_watches(self, before: ChangeSource) -> Callable[[], object]:
-        """The scopes are about to be in this engine: prepare the watches that poll, and return what has them go on."""
-        from scopestate.own_changes import OwnChanges  # noqa: PLC0415 - asyncio takes 20 ms, and is loaded by now
+        """Prepare the watches that poll, before this engine takes over the scopes; return what resumes them."""
+        from scopestate.own_changes import OwnChanges  # noqa: PLC0415 - asyncio takes 20 ms; it is loaded by now
 
         watches = [watch for ref in list(self._polled.values()) if (watch := ref()) is not None]
         for watch in watches:
@@ -185,7 +185,7 @@ class Engine(Reactive, StateCalls):
     @property
     def aio(self) -> AioEngine:
         """The same calls as coroutines, which never block the event loop."""
-        # Not a `cached_property`: its access to `__dict__` makes every later read of an attribute slower (20 ns in each
+        # Not a `cached_property`: its access to `__dict__` would make every later attribute read slower (20 ns in each
         # call of the engine).
         made = self._aio
         if made is None:
@@ -235,9 +235,10 @@ class Engine(Reactive, StateCalls):
         self._watcher.start()
 
     def reconfigure(self, config: Config) -> None:
-        """Apply to the running engine what can change live: functions, triggers, limits, `save_interval_ms`.
+        """Apply the settings that can change while the engine runs: functions, triggers, limits, `save_interval_ms`.
 
-        Raises EngineClosed, and ConfigError if a function would replace a built-in one. What needs a restart is logged.
+        Raises EngineClosed, and ConfigError if a function would replace a built-in one. Changes that need a restart are
+        logged.
         """
         self._refuse_if_closed()
         self._parts.reconfigure(config)
@@ -248,13 +249,13 @@ class Engine(Reactive, StateCalls):
         """Set a value: any JSON value, None included. Fires `state:created` or `state:updated`.
 
         Options (`SetOptions` says what each means): `if_revision` or `if_absent` for a condition, which raises Conflict
-        if it does not hold; `ttl`, `expires_at` or `keep_ttl` for the deadline, which is cleared otherwise, or as the
-        rule of the scope says; `durable`; `idempotency_key`.
+        if it does not hold; `ttl`, `expires_at` or `keep_ttl` for the deadline, without which it is cleared or set as
+        the rule of the scope says; `durable`; `idempotency_key`.
 
         Raises InvalidValue (with the path of what JSON cannot hold), ValueTooLarge, StorageError `SET_ERROR`,
-        Overloaded, ReplyTimeout and EngineClosed. Then nothing was written, with two exceptions: after ReplyTimeout the
-        write may still be made; in Redis and behind a bridge it may have been made if the cause of the StorageError is
-        ConnectionLost or CallTimeout.
+        Overloaded, ReplyTimeout and EngineClosed. After an error nothing was written, with two exceptions: after
+        ReplyTimeout the write may still be made; in Redis and behind a bridge it may have been made if the cause of the
+        StorageError is ConnectionLost or CallTimeout.
         """
         if options:
             return self._set_with(scope, key, value, options)
@@ -298,8 +299,8 @@ class Engine(Reactive, StateCalls):
     def get(self, scope: str, key: str, default: Any = None) -> Any:
         """Return a new copy of a value, or `default` if the key does not exist. A stored null is None.
 
-        Raises StorageError `GET_ERROR` if the scope cannot be loaded, Redis or the other engine cannot be reached, or
-        what Redis holds is not JSON; ReplyTimeout, Overloaded and EngineClosed.
+        Raises StorageError `GET_ERROR` if the scope cannot be loaded, if Redis or the other engine cannot be reached,
+        or if the value in Redis is not JSON; ReplyTimeout, Overloaded and EngineClosed.
         """
         if IN_CALLBACK:
             refuse_in_callback()
@@ -315,7 +316,7 @@ class Engine(Reactive, StateCalls):
             data = values.get(key)
             if data is not None and actor.readable is values:
                 return decode(data)
-        # It takes a turn to know, or there is no such key, or no key can have this name.
+        # Either only a turn can tell, or the key does not exist, or no key can have this name.
         key = checked_name("key", key)
         if values is None or actor.readable is not values:
             data = actor.run(turns.Get(key))
@@ -350,11 +351,11 @@ class Engine(Reactive, StateCalls):
         An op that does not fit the value is skipped and reported in `errors`; the others are applied
         (docs/reference/semantics.md 3). A missing key starts as `{}`. Fires `state:created` or `state:updated`. Raises
         DeserializationError for an invalid op, ValueTooLarge if the new value exceeds the limit, StorageError
-        `UPDATE_ERROR`, and what `set` raises. In Redis it is computed again if another engine changes the key; after
-        `update_attempts` it fails.
+        `UPDATE_ERROR`, and what `set` raises. In Redis the update is computed again if another engine changes the key;
+        after `update_attempts` attempts it fails.
 
-        Options: those of `set`, but the deadline stays if none is given for it; and `atomic=True`, which raises
-        UpdateRefused in place of skipping an op, and writes nothing then.
+        The options are those of `set`, but without an option for the deadline it stays as it is; and `atomic=True`,
+        which raises UpdateRefused instead of skipping an op, and then writes nothing.
         """
         if options:
             turn_with, durable = update_turn(checked_name("key", key), ops, **options)
@@ -375,9 +376,9 @@ class Engine(Reactive, StateCalls):
     def list(self, scope: str) -> builtins.list[Any]:
         """Return all values of a scope, without their keys; [] if it has none.
 
-        In memory and files the order is that in which the keys were first set. In Redis values are sorted by key, and a
-        value that is not JSON is left out. Through a bridge the order is that of the other engine. Raises StorageError
-        `LIST_ERROR`, ReplyTimeout, Overloaded and EngineClosed.
+        In memory and in files the order is that in which the keys were first set. In Redis values are sorted by key,
+        and a value that is not JSON is left out. Through a bridge the order is that of the other engine. Raises
+        StorageError `LIST_ERROR`, ReplyTimeout, Overloaded and EngineClosed.
         """
         if IN_CALLBACK:
             refuse_in_callback()
@@ -415,19 +416,18 @@ class Engine(Reactive, StateCalls):
     ) -> Changes:
         """Watch a scope, or all scopes with a prefix, or all scopes: an iterator of their changes, for `with`.
 
-        It begins with the entries that are there (`Change.initial`), unless `since` or `snapshot=False` is given. Then
-        each change comes once, in the order in which they were made, without a gap; several of one transaction follow
-        one another. The writes do not wait for it. Options (`WatchOptions` says what each means): `key`, `prefix`,
+        It begins with the existing entries (`Change.initial`), unless `since` or `snapshot=False` is given. Then each
+        change comes once, in the order in which the changes were made, without a gap; those of one transaction follow
+        one another. Writers do not wait for the watch. Options (`WatchOptions` says what each means): `key`, `prefix`,
         `events`, `snapshot`, `since`, `values`, `latest`, `buffer`, `on_compacted`, `known`, `markers`.
 
-        A change of a `commit` scope comes when it is on disk, one of an `interval` scope when it is made. The cursor of
-        a watch holds for 60 s after it has ended, or as long as the rule `history` of the scopes says, in a store of
-        files after a restart too.
+        A change of a `commit` scope comes when it is on disk, a change of an `interval` scope when it is made. A cursor
+        stays valid for 60 s after the watch has ended, or for as long as the rule `history` of the scopes says; in a
+        store of files that includes restarts.
 
         Raises Compacted if the changes behind `since` are gone, InvalidCursor, DeserializationError for arguments that
-        make no sense, Unsupported where the scopes are kept elsewhere and that place has no watch, and what `get`
-        raises. Through a bridge there is no WatchOverrun: a watch that is not read for a minute needs `history` in the
-        other engine.
+        make no sense, Unsupported if the scopes are kept in a place that has no watch, and what `get` raises. Through a
+        bridge WatchOverrun is never raised: a watch that is not read for a minute needs `history` in the other engine.
         """
         return watch_now(self, WatchSettings(scope, scope_prefix, options))
 
@@ -445,9 +445,10 @@ class Engine(Reactive, StateCalls):
 
         With `type` its values are of that type: a msgspec Struct, a dataclass, a TypedDict, an attrs class, a pydantic
         model, or what is made of these (docs/how-to/typed-scopes.md). They are stored as JSON. A write through this
-        handle whose result does not fit raises SchemaViolation and writes nothing; others may still write anything.
-        `on_invalid` says what becomes of such values: "raise" (SchemaViolation), "skip" (as if there were none, and
-        logged), or a function of key, plain value and SchemaViolation that returns what to take instead.
+        handle whose result does not fit raises SchemaViolation and writes nothing; other handles may still write
+        anything. `on_invalid` says what reading a value that does not fit does: "raise" (SchemaViolation), "skip" (as
+        if the key did not exist; it is logged), or a function of key, plain value and SchemaViolation that returns the
+        value to use instead.
         """
         name = checked_name("scope", scope)
         if type is None:
@@ -457,9 +458,10 @@ class Engine(Reactive, StateCalls):
         return typed_scope(self, name, type, on_invalid)
 
     def schema(self, scope: str) -> dict[str, Any] | None:
-        """Return the JSON schema that the configuration of this engine gives to the values of a scope; None: none.
+        """Return the JSON schema that the configuration of this engine has for the values of a scope, or None.
 
-        That of a type is made from it. In a follower or behind a bridge the rule of the other engine counts.
+        For a type, the schema is generated from it. In a follower or behind a bridge the rule of the other engine
+        applies.
         """
         rule = self._parts.values_of(checked_name("scope", scope))
         return None if rule is None else rule.json_schema()
@@ -477,10 +479,10 @@ class Engine(Reactive, StateCalls):
     def ask(self, message: messages.Message, *, block: Literal[True] = True, timeout: float | None = None) -> Any: ...
 
     def ask(self, message: messages.Message, *, block: bool = True, timeout: float | None = None) -> Any:
-        """Send a message and return the answer: what the method of the same name returns.
+        """Send a message and return its answer, which is what the method of the same name returns.
 
         With `block=False`, return a future at once (`get`, `await`). `timeout` is in seconds, by default
-        `call_timeout_ms`; after it, ReplyTimeout is raised, and a write may still be made.
+        `call_timeout_ms`; when it is over, ReplyTimeout is raised, and a write may still be made.
         """
         if isinstance(message, messages.ListGroups):
             groups = self.list_groups()
@@ -500,9 +502,9 @@ class Engine(Reactive, StateCalls):
             raise ReplyTimeout(getattr(message, "scope", ""), timeout_s or 0.0) from error
 
     def tell(self, message: messages.Message) -> None:
-        """Send a message without waiting. If it is refused later, that is logged.
+        """Send a message without waiting. A later refusal is logged.
 
-        Raises at once if it is not a message, if its value is not JSON, and if the engine is closed.
+        Raises at once if `message` is not a message, if its value is not JSON, and if the engine is closed.
         """
         _ = self._send(message, Told, waits=False)  # the answer is not read
 
@@ -523,11 +525,12 @@ class Engine(Reactive, StateCalls):
     # ------------------------------------------------------------------------------------------------- functions
 
     def call(self, function_id: str, payload: object = None) -> Any:
-        """Call a function by its id, with JSON data as input and result: built-in, or registered.
+        """Call a built-in or registered function by its id, with JSON data as input and result.
 
-        A plain function runs on this thread, a coroutine function on its event loop while this thread waits, a function
-        of a worker in the worker. Raises FunctionNotFound, DeserializationError, FunctionFailed (its cause is what the
-        function raised), SerializationError, and for a built-in function what the method of the same name raises.
+        A plain function runs on this thread, a coroutine function on its event loop while this thread waits, and a
+        function of a worker in that worker. Raises FunctionNotFound, DeserializationError, FunctionFailed (its cause is
+        what the function raised), SerializationError, and for a built-in function what the method of the same name
+        raises.
         """
         function = self._functions.get(function_id)
         if function.builtin and not function.is_async:  # a server's `engine::*` functions run on its event loop
@@ -579,15 +582,15 @@ class Engine(Reactive, StateCalls):
     def drain(self, timeout: float | None = None) -> None:
         """Wait until every event fired so far has been handled, and every event that those handlers fired.
 
-        Redis with `events: shared`: it waits for the events of this engine's own writes; other engines that have the
-        same durable trigger may have some of them, and still be handling those
-        (docs/how-to/from-one-process-to-many.md). Bridge with `events: remote`: it waits for the events of what any
-        engine has written before. With durable triggers everything is saved first; a retry of theirs is waited for if
-        it is due within a second.
+        In Redis with `events: shared` it waits for the events of this engine's own writes; another engine with the same
+        durable trigger may still be handling some of them (docs/how-to/from-one-process-to-many.md). Through a bridge
+        with `events: remote` it waits for the events of all earlier writes, by any engine. With durable triggers
+        everything is saved first; their retries are waited for if they are due within a second.
 
-        `timeout` is in seconds. Raises ReplyTimeout, which names the triggers that are behind, StorageError if what
-        durable triggers wait for cannot be saved, or the other engine cannot be reached, and WouldDeadlock if it would
-        wait for itself: in a handler, and on an event loop that runs handlers (use `await engine.aio.drain()`).
+        `timeout` is in seconds. Raises ReplyTimeout, which names the triggers that are behind; StorageError if what
+        durable triggers wait for cannot be saved, or if the other engine cannot be reached; and WouldDeadlock where it
+        would wait for itself: in a handler, and on an event loop that runs handlers (use `await engine.aio.drain()`
+        there).
         """
         self._refuse_if_drained()
         refuse_on_loop_of_handlers(self._parts, "drain")
@@ -605,9 +608,10 @@ class Engine(Reactive, StateCalls):
     def flush(self) -> None:
         """Wait until everything acknowledged so far is on disk, apart from scopes that are kept in memory only.
 
-        Through a bridge it waits until the other engine has saved, if that one is scopestate. In Redis it returns at
-        once: the server saves. Raises StorageError if saving fails now, or the other engine ends before it has said
-        that it has saved, and WouldDeadlock in a signal handler that has interrupted a turn whose write must be saved.
+        Through a bridge it waits until the other engine has saved, if that engine is scopestate. In Redis it returns at
+        once: the server does the saving. Raises StorageError if saving fails now, or if the other engine ends before it
+        has confirmed the save, and WouldDeadlock in a signal handler that has interrupted a turn whose write must be
+        saved.
         """
         self._refuse_if_closed()
         self._snapshot.refuse_in_turns()
@@ -641,7 +645,7 @@ class Engine(Reactive, StateCalls):
         """Close the engine: refuse calls, save, deliver events for at most `close_grace_ms`, save, release the store.
 
         Idempotent; a second thread waits for the first. In a handler it returns at once, and the engine closes when
-        that handler has ended; the same in a signal handler that has interrupted a call of this engine. Raises
+        that handler has ended; a signal handler that has interrupted a call of this engine is treated the same. Raises
         StorageError if the last save failed: then everything is still in memory, and `close()` can be called again.
         Raises WouldDeadlock on an event loop that runs handlers: use `await engine.aio.close()` there. In a forked
         child it does nothing.
@@ -649,7 +653,7 @@ class Engine(Reactive, StateCalls):
         self._close(None)
 
     def _close(self, grace_s: float | None) -> None:
-        """As `close`, with another grace time than the configured one."""
+        """Close as `close` does, with a grace time of its own. None: the configured one."""
         if self._forked or self._closing.done:
             return
         if event_depth.get():
@@ -662,13 +666,13 @@ class Engine(Reactive, StateCalls):
             self._close_behind_this()
 
     def __del__(self) -> None:
-        """If it was dropped without close(), save and release everything, with a ResourceWarning."""
+        """Save and release everything, with a ResourceWarning, if the engine was dropped without close()."""
         closing = getattr(self, "_closing", None)
         if closing is not None and not closing.done and not self._forked and hasattr(self, "_watcher"):
             lifecycle.close_dropped(self)
 
     def _close_behind_this(self) -> None:
-        """Close on another thread, which waits for the turn or handler that this one is in."""
+        """Close on another thread, which first waits for the turn or handler that runs on this one."""
         threading.Thread(target=self._close_now, name="scopestate-close", daemon=True).start()
 
     def _close_now(self, grace_s: float | None = None) -> None:
@@ -689,9 +693,10 @@ class Engine(Reactive, StateCalls):
         self._router.feed.disown()
 
     def consumers(self) -> EngineConsumers:
-        """Return the consumers of durable triggers: iterate to see how far each is; `pause`, `resume`, `forget`.
+        """Return the consumers of durable triggers: iterate over their status, or call `pause`, `resume` or `forget`.
 
-        They are those of the store, with or without a trigger in this program. Without a journal there are none.
+        All consumers in the store are included, also those without a trigger in this program. Without a journal there
+        are none.
         """
         return EngineConsumers(self)
 
@@ -733,7 +738,7 @@ class Engine(Reactive, StateCalls):
     # ------------------------------------------------------------------------------------------- the slower ways
 
     def _run(self, scope: str, turn: turns.Turn[A], durable: bool | None = None) -> A:
-        """Count a turn, run it, and wait for its answer. `durable`: True for an answer when it is on disk.
+        """Count a turn, run it, and wait for its answer; with `durable=True` until the write is on disk.
 
         Raises what the turn raises, Unsupported if it cannot be durable, Overloaded, ReplyTimeout and EngineClosed.
         """
@@ -761,12 +766,12 @@ class Engine(Reactive, StateCalls):
         return actor.send_and_wait(turn) if type(turn) is Durable else actor.run(turn)
 
     def _run_when_room(self, scope: str, turn: turns.Turn[A], full: HandlerFull) -> A:
-        """Run `turn` when the handler that `full` is about has caught up."""
+        """Run `turn` when the handler that `full` names has caught up."""
         dispatcher, backlog = self._parts.dispatcher, self._router.backlog
         timeout_s = self._limits.call_timeout_s
         deadline = None if timeout_s is None else dispatcher.monotonic() + timeout_s
         while True:
-            # Asked for before the next attempt, so that room made in between is not missed.
+            # Requested before the next attempt, so that room made in between is not missed.
             room: Reply[Any] = dispatcher.reply()
             backlog.when_room(room.set)
             try:

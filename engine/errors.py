@@ -4,16 +4,16 @@
     |-- DeserializationError            invalid input: `deserialization_error`
     |   `-- InvalidValue                a value that JSON cannot hold; has the path inside the value
     |-- SchemaViolation                 a value that does not fit the type of its scope: `SCHEMA_VIOLATION`
-    |-- ValueTooLarge                   encoded value over `max_value_bytes`: `VALUE_TOO_LARGE`
-    |-- Conflict                        a key is not as the write expected it: `CONFLICT`
+    |-- ValueTooLarge                   the encoded value exceeds `max_value_bytes`: `VALUE_TOO_LARGE`
+    |-- Conflict                        a key is not in the state that the write expected: `CONFLICT`
     |-- UpdateRefused                   an op did not fit, in a write that is all or nothing: `UPDATE_REFUSED`
     |-- BatchTooLarge                   a transaction over its limit of keys or bytes: `BATCH_TOO_LARGE`
     |-- IdempotencyMismatch             an idempotency key was used for another write: `IDEMPOTENCY_MISMATCH`
-    |-- Unsupported                     where the scope is kept, this cannot be done: `UNSUPPORTED`
-    |-- InvalidPageLimits               a page of too few or too many keys or bytes: `INVALID_PAGE_LIMITS`
+    |-- Unsupported                     the place where the scope is kept cannot do this: `UNSUPPORTED`
+    |-- InvalidPageLimits               the size of a page is out of bounds: `INVALID_PAGE_LIMITS`
     |-- InvalidCursor                   a cursor that cannot be used here: `INVALID_CURSOR`
-    |-- Compacted                       the changes behind a cursor are not kept any more: `COMPACTED`
-    |-- WatchOverrun                    a watch was read too slowly: `OVERRUN`; has the cursor to go on from
+    |-- Compacted                       the changes after a cursor are no longer kept: `COMPACTED`
+    |-- WatchOverrun                    a watch was read too slowly: `OVERRUN`; has the cursor to continue from
     |-- RowTooLarge                     one row is larger than a page may be: `ROW_TOO_LARGE`
     |-- SnapshotCapacity                no room for a snapshot to page through: `SNAPSHOT_CAPACITY`
     |-- MessageTooLarge                 a call or an answer over `max_message_bytes`: `MESSAGE_TOO_LARGE`
@@ -41,8 +41,8 @@
     `-- EngineClosed                    the engine is closed or closing: `ENGINE_CLOSED`
         `-- EngineForked                the engine was inherited through fork: `ENGINE_FORKED`
 
-`code` is what the wire protocol carries (docs/reference/semantics.md 2; docs/reference/protocol.md 4.4), and what
-clients compare. The text is for people: it says what is wrong, where, and what to do.
+Each error has a `code`, which the wire protocol carries (docs/reference/semantics.md 2; docs/reference/protocol.md 4.4)
+and clients compare. The text is for people: it says what is wrong, where, and what to do.
 
 A call on a scope in Redis or behind a bridge raises StorageError with the code of its function, and NotConnected,
 ConnectionLost, CallTimeout or RemoteFailure as its `__cause__`: the cause says whether a write may have been applied.
@@ -129,7 +129,7 @@ class ValueTooLarge(ScopestateError):
 
 @dataclass(frozen=True, slots=True)
 class KeyConflict:
-    """One key that is not as a write expected it."""
+    """One key that is not in the state that a write expected."""
 
     index: int
     """Which check of a transaction failed, from 0; 0 for a write of one key."""
@@ -137,11 +137,11 @@ class KeyConflict:
     expected_revision: int | None
     """0: the key was expected not to exist. None: a value was expected, not a revision."""
     revision: int
-    """What it is now. 0: the key does not exist."""
+    """The current revision. 0: the key does not exist."""
 
 
 class Conflict(ScopestateError):
-    """A key is not as the write expected it; nothing was written. Read it again, and decide again.
+    """A key is not in the state that the write expected; nothing was written. Read it again, and decide again.
 
     `key`, `expected_revision` and `revision` are those of the first conflict; `conflicts` has all of them.
     """
@@ -174,7 +174,7 @@ class Conflict(ScopestateError):
 class UpdateRefused(ScopestateError):
     """An op of an `update` did not fit, where the write is all or nothing; nothing was written.
 
-    `errors` has one entry for each op that was refused, as `UpdateResult.errors`, with `index`, its place in the
+    `errors` has one entry for each refused op, as in `UpdateResult.errors`, with `index`, the op's place in the
     transaction.
     """
 
@@ -193,7 +193,7 @@ class UpdateRefused(ScopestateError):
 
 
 class BatchTooLarge(ScopestateError):
-    """A transaction has more keys or bytes than one may have; nothing was written. Split it."""
+    """A transaction has too many keys or bytes; nothing was written. Split it."""
 
     code = "BATCH_TOO_LARGE"
 
@@ -229,7 +229,7 @@ class IdempotencyMismatch(ScopestateError):
 
 
 class Unsupported(ScopestateError):
-    """Where the scope is kept, this cannot be done as promised; nothing was sent or written.
+    """The place where the scope is kept cannot do what was asked for; nothing was sent or written.
 
     `feature` is what was asked for, such as `durable=True`; `reason` says why it is not possible there.
     """
@@ -246,7 +246,7 @@ class Unsupported(ScopestateError):
 
 
 class InvalidPageLimits(ScopestateError):
-    """The size that was asked for a page is out of bounds; nothing was read."""
+    """The requested size of a page is out of bounds; nothing was read."""
 
     code = "INVALID_PAGE_LIMITS"
 
@@ -275,7 +275,7 @@ _CURSOR_PROBLEMS = {
 
 
 class Compacted(ScopestateError):
-    """A watch cannot go on from a cursor: some of the changes behind it are gone. Read the state, and watch anew.
+    """A watch cannot continue from a cursor: some changes after it are gone. Read the state, and start a new watch.
 
     `on_compacted="resync"` does both in one step.
     """
@@ -287,11 +287,11 @@ class Compacted(ScopestateError):
         self.requested = requested
         """The cursor that was given."""
         self.reason = reason
-        """`trimmed`: the changes are older than what is kept. `other store`: the cursor is of another one, or of an
-        engine in memory that has ended. `lost in a crash`: the cursor is of a change that was never saved."""
+        """`trimmed`: the changes are older than what is kept. `other store`: the cursor belongs to another store, or to
+        an engine in memory that has ended. `lost in a crash`: the cursor belongs to a change that was never saved."""
         self.oldest = oldest
-        """The oldest cursor from which a watch can go on now; None if that is not known. After a crash, for a
-        watch of many scopes: behind what it was told, and what was lost is left out."""
+        """The oldest cursor from which a watch can continue now; None if that is not known. After a crash, for a watch
+        of many scopes, it is after the changes that the watch has yielded, and leaves out the lost ones."""
 
     def __str__(self) -> str:
         why = _COMPACTED.get(self.reason, self.reason)
@@ -313,7 +313,7 @@ class WatchOverrun(ScopestateError):
     def __init__(self, cursor: str, waiting: int) -> None:
         super().__init__(cursor, waiting)
         self.cursor = cursor
-        """Where to go on: `since=error.cursor`."""
+        """Where to continue: `since=error.cursor`."""
         self.waiting = waiting
         """How many changes waited."""
 
@@ -379,7 +379,7 @@ class FunctionNotFound(ScopestateError):
 
     def __str__(self) -> str:
         name = self.function_id
-        if len(name) > 500:  # a worker may send an id of megabytes, and would get it back
+        if len(name) > 500:  # a worker may send an id of megabytes, which the error would send back
             name = f"{name[:500]}... ({len(name)} characters)"
         return f"Function {name} not found"
 
@@ -399,7 +399,7 @@ class FunctionFailed(ScopestateError):
 
 
 class RemoteFailure(FunctionFailed):
-    """A function of a worker, or of another engine, answered with an error: `code` and text are what it sent."""
+    """A function of a worker or of another engine answered with an error: `code` and text are what it sent."""
 
     def __init__(self, function_id: str, code: str, message: str, stacktrace: str | None = None) -> None:
         super().__init__(function_id, message)
@@ -467,8 +467,8 @@ class StorageError(ScopestateError):
 class StoreLocked(StorageError):
     """Another engine holds the store. The text names its process.
 
-    `pid` and `host` are those of the process; None if it is not known. `alone` says why that engine does not share the
-    directory; None if it does.
+    `pid` and `host` identify the process; None if unknown. `alone` says why that engine does not share the directory;
+    None if it does.
     """
 
     def __init__(
@@ -487,7 +487,7 @@ class StoreUnusable(StorageError):
 class StoreCorrupt(StorageError):
     """The database is damaged. It is never overwritten.
 
-    `quarantined` is the path that it was moved to when it was opened; None if it was left in its place.
+    `quarantined` is the path to which it was moved when it was opened; None if it was left in its place.
     """
 
     def __init__(self, problem: str, *, quarantined: str | None = None) -> None:
@@ -517,7 +517,7 @@ class NotConnected(ScopestateError):
 class ConnectionLost(ScopestateError):
     """The connection broke after the call was sent and before its answer arrived: a write may have been applied.
 
-    `may_be_applied` is false if the call was one that changes nothing.
+    `may_be_applied` is false for a call that changes nothing.
     """
 
     code = "CONNECTION_LOST"
@@ -540,8 +540,8 @@ class ConnectionLost(ScopestateError):
 class CallTimeout(ScopestateError):
     """No answer arrived in time. If `sent` is false, nothing was sent.
 
-    `may_be_applied` is true if it was sent, and is not one that changes nothing. `about` says more about the other
-    engine, if that is known.
+    `may_be_applied` is true if the call was sent and may change something. `about` has more about the other engine, if
+    known.
     """
 
     code = "TIMEOUT"
@@ -603,7 +603,7 @@ class WouldDeadlock(ScopestateError):
 
 
 class HandlerTimeout(ScopestateError):
-    """A handler or condition ran longer than it may; a plain function may still be running.
+    """A handler or condition exceeded its time limit; a plain function may still be running.
 
     `option` names the limit: `handler_timeout_ms`, or `ack_wait` of a durable trigger.
     """

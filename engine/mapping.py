@@ -1,4 +1,4 @@
-"""A scope as a mapping of Python's."""
+"""A scope as a Python mapping."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ALL: Final = range_of()
 
 
 class ScopeMapping(MutableMapping[str, T], Generic[T]):
-    """The keys of one scope as a `dict` of values, live: it holds nothing itself.
+    """The keys and values of one scope, used as a `dict`. It is live and holds no data itself.
 
     >>> from scopestate import Engine
     >>> engine = Engine()
@@ -37,8 +37,8 @@ class ScopeMapping(MutableMapping[str, T], Generic[T]):
     >>> engine.close()
 
     Each method is one step, which no other call can interrupt: `setdefault`, `pop`, `popitem`, `update` and `|=` too.
-    Iteration is over a snapshot, in the order of the UTF-8 bytes of the keys; `dict(mapping)` and `==` see one moment.
-    Values are copies: changing one changes nothing in the scope; set it again, or use `modify`.
+    Iteration is over a snapshot, in the order of the UTF-8 bytes of the keys; `dict(mapping)` and `==` also read one
+    moment. Values are copies: changing a copy does not change the scope; set the value again, or use `modify`.
 
     It raises KeyError and TypeError where a dict does, and otherwise what the methods of `Engine` raise. `update`
     writes at most 1,000 keys; `clear` takes one step for each 1,000, as `delete_range` does.
@@ -65,7 +65,7 @@ class ScopeMapping(MutableMapping[str, T], Generic[T]):
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return a value, or `default` if the key does not exist."""
-        name: object = key  # whatever the program passed: a dict has no such key either
+        name: object = key  # the program may pass anything; a dict returns the default too
         return self._scope.get(key, default) if isinstance(name, str) else default
 
     def __contains__(self, key: object) -> bool:
@@ -94,11 +94,11 @@ class ScopeMapping(MutableMapping[str, T], Generic[T]):
         return iter([key for key, _ in pairs])
 
     def items(self) -> ItemsView[str, T]:
-        """Return a view of the keys and values; each iteration over it sees one moment."""
+        """Return a view of the keys and values; each iteration over it reads one moment."""
         return _Items(self)
 
     def values(self) -> ValuesView[T]:
-        """Return a view of the values; each iteration over it sees one moment."""
+        """Return a view of the values; each iteration over it reads one moment."""
         return _Values(self)
 
     def copy(self) -> dict[str, T]:
@@ -159,7 +159,7 @@ class ScopeMapping(MutableMapping[str, T], Generic[T]):
         return taken
 
     def setdefault(self, key: str, default: Any = None) -> Any:
-        """Return the value of a key, which is set to `default` if it does not exist."""
+        """Return the value of a key; if the key does not exist, set it to `default` first."""
         name = checked_name("key", key)
         data = self._scope._data(name, default)
 
@@ -190,30 +190,30 @@ class ScopeMapping(MutableMapping[str, T], Generic[T]):
         return f"<mapping of scope {self._scope.name!r}>"
 
 
-# `dict(mapping)` asks for all keys and then, one by one, for their values. To give it one moment, the values are read
-# with the keys. It is known by the place of the calls: C code calls `keys()` and iterates over it in one instruction
-# of one frame. Python code does that in two, gets other key objects, and always reads what is there now. Refused: keys
-# of a class of their own that bring their values along, as they would stay in the dict.
+# `dict(mapping)` asks for all keys and then, one by one, for their values. So that it reads one moment, the values are
+# read with the keys. Its calls are recognised by their place: C code calls `keys()` and iterates over it in one
+# instruction of one frame. Python code takes two instructions, gets other key objects, and always reads the current
+# values. Refused: keys of a special class that carry their values, as they would stay in the dict.
 _Caller = tuple[int, int, CodeType]
-"""A frame by its id, the instruction that it is at, and its code, which keeps the id from meaning another function."""
+"""The id of a frame, its current instruction, and its code, as another function may reuse the id."""
 
 
 def _caller() -> _Caller:
-    """Return the place that has called the method which calls this."""
+    """Return the place that called the calling method."""
     here = inspect.currentframe()
     frame = here.f_back.f_back if here is not None and here.f_back is not None else None
     return (0, 0, _caller.__code__) if frame is None else (id(frame), frame.f_lasti, frame.f_code)
 
 
 class _Copy:
-    """The rest of what `dict(mapping)` will ask for."""
+    """The keys and values that `dict(mapping)` has not asked for yet."""
 
     def __init__(self, pairs: list[tuple[str, bytes]]) -> None:
         self._pairs = iter(pairs)
         self.left = len(pairs)
 
     def take(self, key: str) -> bytes | None:
-        """Return the value of the next key; None if another one is asked for, or one of another object."""
+        """Return the value of the next key; None if `key` is not that key, or an equal key that is another object."""
         expected, data = next(self._pairs)
         self.left -= 1
         return data if expected is key else None

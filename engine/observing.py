@@ -1,7 +1,7 @@
-"""Observing the calls and the handlers of an engine: what an integration for traces is made of.
+"""Observe the calls and the handlers of an engine: the basis for integrations that trace.
 
-`observe(engine, observer)` has each call of the program and each handler run within what the observer makes for it. An
-engine that is not observed has nothing of this on any path: observing gives it other methods and other functions.
+`observe(engine, observer)` makes each call of the program and each handler run within a context manager of the
+observer. This costs nothing in an engine that is not observed: observing replaces the engine's methods and functions.
 """
 
 from __future__ import annotations
@@ -30,39 +30,39 @@ if TYPE_CHECKING:
     from scopestate.ops.results import StateEvent
 
 Place = Literal["local", "redis", "bridge"]
-"""Where the scopes are: in this engine, in Redis, or in another engine, as behind a bridge and of a follower."""
+"""Where the scopes are: in this engine, in Redis, or in another engine (behind a bridge, or for a follower)."""
 
 _CALLS: Final = ("set", "_set_with", "get", "delete", "update", "list", "list_groups", "_run")
-"""The methods through which every call of state goes, of `Engine` and of `AioEngine`."""
+"""The methods of `Engine` and `AioEngine` through which every call on state goes."""
 
 _inside: Final[ContextVar[bool]] = ContextVar("scopestate_observed", default=False)
-"""True within a call that is observed: what it calls itself is a part of it."""
+"""True within an observed call: calls that it makes itself are a part of it."""
 
 
 class Observer(Protocol):
-    """Makes what calls and handlers run within. From any thread; what it raises reaches the caller of the engine."""
+    """Makes the context managers of calls and handlers, on any thread. What it raises reaches the engine's caller."""
 
     def call(self, operation: str, scope: str | None, place: Place) -> AbstractContextManager[object]:
-        """Return what a call runs within. `operation` is the name of a state function, such as `set`."""
+        """Return the context manager for a call. `operation` is the name of a state function, such as `set`."""
 
     def handler(
         self, function_id: str, events: Sequence[StateEvent], attempt: int, consumer: str | None
     ) -> AbstractContextManager[object]:
-        """Return what one attempt of a handler, or of a condition, runs within.
+        """Return the context manager for one attempt of a handler, or of a condition.
 
-        `events` is one event, or those of a batch. `attempt` counts from 1. `consumer` is the name of a durable
+        `events` has one event, or the events of a batch. `attempt` counts from 1. `consumer` is the name of a durable
         trigger.
         """
 
     def serve(self, function_id: str, context: TraceContext) -> Serving:
-        """Return what observes a call that came over the wire with a trace. On the event loop of the server."""
+        """Return an observer of a call that came over the wire with a trace. Called on the server's event loop."""
 
     def origin(self) -> TraceContext | None:
-        """Return the trace that the call which has begun is part of. Its events carry it: see `origin_of`."""
+        """Return the trace of the current call, or None. The events of the call carry it: see `origin_of`."""
 
 
 def origin_of(event: StateEvent) -> TraceContext | None:
-    """Return the trace of the call that has fired an event: what `Observer.origin` returned there.
+    """Return the trace of the call that fired an event, as `Observer.origin` returned it.
 
     That call may have been made in another process, or before a restart. None if it was not part of a trace.
     """
@@ -70,7 +70,7 @@ def origin_of(event: StateEvent) -> TraceContext | None:
 
 
 def place_of(engine: Engine) -> Place:
-    """Return where the scopes are now: a follower may become the owner."""
+    """Return where the scopes are now. This changes when a follower becomes the owner."""
     parts = engine._parts
     if isinstance(parts.backend, LocalBackend):
         return "local"
@@ -81,7 +81,7 @@ class Serving(Protocol):
     """Observes one call that came over the wire, on the event loop of the server. Its methods raise nothing."""
 
     def attached(self) -> AbstractContextManager[object]:
-        """Return what the call begins within. Tasks that are made there inherit its context variables."""
+        """Return a context manager in which the call begins. Tasks made there inherit its context variables."""
 
     def fail(self, error: Exception) -> None:
         """The call has failed. `end` follows."""
@@ -94,7 +94,8 @@ class Peer(NamedTuple):
     """The server that the calls of an engine go to."""
 
     address: str = ""
-    """Host name, IP address, or path of a Unix socket. "" if it is not configured: for a follower, for Sentinels."""
+    """Host name, IP address, or path of a Unix socket. "" if it is not configured: for a follower, or with
+    Sentinels."""
     port: int = 0
     """0 if the address is not a host."""
     database: str = ""
@@ -117,9 +118,9 @@ def peer_of(engine: Engine) -> Peer:
 
 
 def observe(engine: Engine, observer: Observer) -> None:
-    """Have the calls and the handlers of an engine observed from now on, until `unobserve`.
+    """Observe the calls and the handlers of an engine from now on, until `unobserve`.
 
-    From any thread. Raises ScopestateError if it is observed already.
+    May be called from any thread. Raises ScopestateError if the engine is already observed.
     """
     if "_run" in vars(engine):
         raise ScopestateError(f"{engine!r} is observed already: end that first")
@@ -133,7 +134,7 @@ def observe(engine: Engine, observer: Observer) -> None:
 
 
 def unobserve(engine: Engine) -> None:
-    """Leave an engine as it was before `observe`. Idempotent; calls that have begun are observed to their end."""
+    """Undo `observe` for an engine. Idempotent; calls that have begun are observed to their end."""
     engine._functions.observe(None)
     vars(engine).pop("_observer", None)
     for doors in (engine, engine.aio):
@@ -196,12 +197,13 @@ def _around_handler(observer: Observer, function: Function, given: tuple[Any, ..
     events: list[StateEvent] = first if isinstance(first, list) else [first]
     delivery = given[1] if len(given) > 1 and isinstance(given[1], Delivery) else None
     if delivery is None:
-        # The same event comes to each attempt. Not a field of it: an event that is not observed has none.
+        # Each attempt gets the same event object. This is not a field, so that events that are not observed do not have
+        # it.
         counts = vars(events[0]).setdefault("_attempts", {})
         attempt = counts[function.function_id] = counts.get(function.function_id, 0) + 1
     else:
         attempt = delivery.attempt
-    token = _inside.set(False)  # it may run within a call, where one thread does everything
+    token = _inside.set(False)  # it may run within a call, if one thread does everything
     try:
         with observer.handler(function.function_id, events, attempt, None if delivery is None else delivery.consumer):
             yield

@@ -31,12 +31,12 @@ R = TypeVar("R")
 
 
 FAILURES_KEPT: Final = 100
-"""Of the failures of deliveries, the newest ones are kept for the console."""
+"""How many of the newest failed deliveries are kept for the console."""
 _LONGEST_ERROR: Final = 1_000
 
 
 class FailureNote(NamedTuple):
-    """A DeliveryFailure without its event and its exception, which would keep values in memory."""
+    """A DeliveryFailure without its event and exception, which would keep values in memory."""
 
     time_ms: int
     """When it was reported, in milliseconds since the epoch."""
@@ -85,10 +85,10 @@ class Reactive:
     """The newest failures of deliveries, the oldest first."""
 
     def _refuse_if_closed(self) -> None:
-        """Raise EngineClosed if the engine takes no more registrations."""
+        """Raise EngineClosed if the engine no longer takes registrations."""
 
     def _register(self, trigger: Trigger) -> None:
-        """Have its events delivered from now on."""
+        """Deliver the events of `trigger` from now on."""
 
     def _consumers(self) -> Consumers | None:
         """Return the consumers of durable triggers, if there can be any."""
@@ -118,12 +118,12 @@ class Reactive:
         request: Any = None,
         response: Any = None,
     ) -> Any:
-        """Register a plain or `async` function of one argument, the payload. A known id is replaced.
+        """Register a plain or `async` function of one argument, the payload. A function with the same id is replaced.
 
         Without `target` it is a decorator. A coroutine function belongs to the event loop that is running now, or to
-        the engine's own. `request` and `response` are types, as of typed scopes, whose JSON schemas `functions()` and
-        the server show; what is passed is not checked. Raises InvalidRegistration for a built-in id or what is not
-        callable, and DeserializationError for what is not a type.
+        the engine's own. `request` and `response` are types, as for typed scopes, whose JSON schemas `functions()` and
+        the server show; payloads and results are not checked against them. Raises InvalidRegistration for a built-in id
+        or a target that is not callable, and DeserializationError for a type that is not one.
         """
         if target is None:
             return lambda function: self.register_function(
@@ -159,13 +159,13 @@ class Reactive:
         config: object = ...,
         **options: Unpack[TriggerOptions],
     ) -> TriggerHandle:
-        """Have a function called when a matching key changes. It need not be registered yet.
+        """Have a function called when a matching key changes. The function need not be registered yet.
 
         `scope` and `key` are exact; None matches everything. `events` names kinds of changes: "created", "updated",
         "deleted", "expired". The other options: `TriggerOptions` (docs/reference/triggers.md). `config` takes the raw
-        object of the wire instead of all of them. A trigger with the same `trigger_id` is replaced. The trigger sees
-        every write that begins after this has returned. Raises InvalidRegistration (docs/reference/semantics.md,
-        section 4).
+        object of the wire protocol instead of all these options. A trigger with the same `trigger_id` is replaced. The
+        trigger sees every write that begins after this has returned. Raises InvalidRegistration
+        (docs/reference/semantics.md, section 4).
         """
         _refuse_unknown_options("register_trigger()", options)
         filters = {
@@ -212,7 +212,7 @@ class Reactive:
         read_trigger("checked before the function is there", None, filters)
 
         def register(handler: Any) -> Any:
-            # The plain string that a subclass holds: the format of an Enum differs between versions of Python.
+            # The plain string of a subclass: the format of an Enum differs between Python versions.
             given = str.__str__(function_id) if isinstance(function_id, str) else function_id
             if options.get("durable") is not None and (misfit := misfit_of(handler)) is not None:
                 raise InvalidRegistration(f"{_name_of(handler)}: {misfit}")
@@ -239,7 +239,7 @@ class Reactive:
         return catalogue.trigger_types()
 
     def on_error(self, hook: Hook) -> Hook:
-        """Set the hook for failed attempts to deliver an event; also as a decorator. Runs on worker threads.
+        """Set the hook for failed attempts to deliver an event; may be used as a decorator. It runs on worker threads.
 
         Raises InvalidRegistration for a coroutine function: nothing would run what it returns.
         """
@@ -247,7 +247,7 @@ class Reactive:
         return hook
 
     def on_dead_letter(self, hook: Hook) -> Hook:
-        """Set the hook for events that are given up; also as a decorator. Runs on worker threads.
+        """Set the hook for events that are given up; may be used as a decorator. It runs on worker threads.
 
         Raises as `on_error`.
         """
@@ -287,8 +287,8 @@ class Reactive:
 
 
 def checked_hook(name: str, hook: Hook | None) -> Hook | None:
-    """Return `hook`. Raises InvalidRegistration if it cannot be called, or calling it would run nothing."""
-    given: object = hook  # whatever the program passed
+    """Return `hook`. Raises InvalidRegistration if it is not callable, or is a coroutine function."""
+    given: object = hook  # the program may pass anything
     if given is None:
         return None
     if not callable(given):
@@ -304,12 +304,12 @@ def _what_happened(failure: DeliveryFailure) -> str:
     if failure.final:
         return "failed"
     if issubclass(type(failure.error), HandlerTimeout):
-        return f"is overdue at attempt {failure.attempt}"  # whether it is tried again is found out when it ends
+        return f"is overdue at attempt {failure.attempt}"  # it is not known before its end whether it is tried again
     return f"failed at attempt {failure.attempt} and is tried again"
 
 
 def _facts(failure: DeliveryFailure) -> dict[str, object]:
-    """What a log handler may read from the record."""
+    """Return the attributes of the log record."""
     event = failure.event
     return {
         "scope": event.scope,
@@ -332,7 +332,7 @@ class TriggerHandle:
 
     @property
     def trigger_id(self) -> str:
-        """Its id: the one given, or one that was made."""
+        """Its id: the given one, or a generated one."""
         return self._trigger.trigger_id
 
     @property
@@ -341,29 +341,29 @@ class TriggerHandle:
         return self._trigger
 
     def unregister(self) -> None:
-        """Take it away: no call of its function begins after this has returned, and events that wait are dropped.
+        """Remove it: no call of its function begins after this has returned, and waiting events are dropped.
 
-        Raises InvalidRegistration if it is gone already.
+        Raises InvalidRegistration if it was already removed.
         """
         self._triggers.unregister(self.trigger_id)
 
     def pause(self) -> None:
-        """Begin no call of its function until `resume`; calls that have begun go on. From any thread.
+        """Begin no calls of its function until `resume`; calls that have begun go on. May be called from any thread.
 
-        Events wait: up to `handler_mailbox`, and then as `handler_when_full` says, so with `block` writers wait too.
-        `drain()` does not wait for them; `close()` reports them as not delivered. The events of a durable trigger stay
-        in the store, and it is the consumer that is paused: it still is after a restart.
-        Raises InvalidRegistration if the trigger is gone, StorageError if the store does not take the pause.
+        Up to `handler_mailbox` events wait; after that `handler_when_full` applies, so with `block` writers wait too.
+        `drain()` does not wait for these events; `close()` reports them as not delivered. The events of a durable
+        trigger stay in the store, and the pause is kept for its consumer: it lasts over a restart. Raises
+        InvalidRegistration if the trigger was removed, StorageError if the store cannot save the pause.
         """
         self._set_paused(True)
 
     def resume(self) -> None:
-        """Go on after a pause, with the events that wait. Raises as `pause`."""
+        """Continue after a pause, with the events that wait. Raises as `pause`."""
         self._set_paused(False)
 
     @property
     def paused(self) -> bool:
-        """True if it is paused; a durable trigger also if the engine has paused its consumer. False if it is gone."""
+        """True if it is paused, by the program or, if it is durable, by the engine. False if it was removed."""
         name, consumers = self._trigger.durable, self._consumers()
         if name is not None and consumers is not None:
             return dict(consumers.states()).get(name) is not None
@@ -403,11 +403,11 @@ def read_trigger(
     trigger_id: object,
     config: object,
 ) -> Trigger:
-    """Read a trigger from what a caller or the wire gives (docs/reference/semantics.md, section 4).
+    """Read a trigger from the arguments of a caller or the wire (docs/reference/semantics.md, section 4).
 
     `config` is the raw config object: each of its fields is an option (`ops.triggers.read_options`), or null or absent
     for its default. Other fields are ignored with a warning, because a misspelt one makes a catch-all trigger. Raises
-    InvalidRegistration for anything else; nothing is registered then.
+    InvalidRegistration for any other mistake; then nothing is registered.
     """
     if not _is_text(function_id) or not str.__len__(function_id):
         raise InvalidRegistration(f"a trigger needs a function_id, a non-empty string, not {_shown(function_id)}")
@@ -418,7 +418,7 @@ def read_trigger(
     try:
         given = {str.__str__(name) if isinstance(name, str) else f"{name!r:.80}": config[name] for name in config}
     except Exception as error:
-        # A mapping of a class of the program, whose methods raise.
+        # A mapping class of the program whose methods raise.
         raise InvalidRegistration(f"reading a trigger's config failed with {class_name(error)}") from error
     fields, mistakes = read_options(given)
     if mistakes:
@@ -436,17 +436,17 @@ def read_trigger(
 
 
 def _refuse_unknown_options(call: str, options: Mapping[str, object]) -> None:
-    """Raise TypeError for an option of a program that no trigger has."""
+    """Raise TypeError for an option that triggers do not have."""
     unknown = [name for name in options if name not in TriggerOptions.__optional_keys__]
     if unknown:
         refuse_unknown(call, unknown, TriggerOptions)
 
 
 def _is_text(name: object) -> TypeGuard[str]:
-    """Tell whether `name` is a string. Not by isinstance, which believes the `__class__` of a mock."""
+    """Tell whether `name` is a string. isinstance is not used: it trusts the `__class__` of a mock."""
     return issubclass(type(name), str)
 
 
 def _shown(name: object) -> str:
-    """Describe what was given instead of a name. The `repr` of an unknown object is not called: it may do anything."""
+    """Describe an object that was given instead of a name, without calling its `repr`, which may do anything."""
     return '""' if _is_text(name) else json_type(name)

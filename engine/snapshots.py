@@ -1,8 +1,8 @@
-"""Snapshots of scopes that callers of `state::list_entries` page through, and calls of the built-in functions.
+"""Snapshots of scopes that callers of `state::list_entries` page through, and calls of built-in functions.
 
-A snapshot holds the values of one moment, which may have been replaced since: so their number and size are limited for
-the whole engine, and the limits are shared fairly. A caller that asks for more than there is room for takes the place
-of the one that holds most, and is refused if that would be itself.
+A snapshot keeps values of one moment in memory, even if they have been replaced since. So the number and size of
+snapshots are limited for the whole engine, and the limits are shared fairly. If a new snapshot does not fit, those of
+the caller that holds most are dropped; if that is the caller itself, it is refused.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ _ROOM: Final = len("[,],") + len('""')
 
 
 class Caller:
-    """One that pages through snapshots. Its cursors are of no use to others."""
+    """A caller that pages through snapshots. Other callers cannot use its cursors."""
 
     __slots__ = ("limited", "share")
 
     def __init__(self, share: Hashable = None, *, limited: bool = True) -> None:
         self.share = share
-        """Callers with the same share count as one where the limits are shared: the workers of one token."""
+        """Callers with the same share count as one for the limits, such as the workers with one token."""
         self.limited = limited
-        """False: it is this program, or one with all its rights, and may have any number of polls in progress."""
+        """False for this program, or a worker with all its rights: it may have any number of polls in progress."""
 
 
 PROGRAM: Final = Caller()
@@ -59,7 +59,7 @@ class _Snapshot:
 
 
 class Snapshots:
-    """Cursor -> snapshot. Any thread: each step on the table is one operation of a dict, so there is no lock."""
+    """Cursor -> snapshot. From any thread: each step is one operation of a dict, so no lock is needed."""
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
@@ -69,7 +69,7 @@ class Snapshots:
         return len(self._by_cursor)
 
     def next_page(self, caller: Caller, scope: str, asked: PageLimits) -> bytes | None:
-        """Return the page behind a cursor, as JSON; None if there is no cursor: then a snapshot is to be made.
+        """Return the page after a cursor, as JSON; None without a cursor: then a snapshot must be made.
 
         Raises InvalidCursor, and RowTooLarge, after which the cursor can be used again.
         """
@@ -78,7 +78,7 @@ class Snapshots:
             return None
         self._drop_expired()
         snapshot = self._by_cursor.get(cursor)
-        # Whether there is such a cursor of another caller is not told.
+        # The error does not reveal whether another caller has such a cursor.
         if snapshot is None or snapshot.caller is not caller or self._by_cursor.pop(cursor, None) is None:
             raise InvalidCursor("no snapshot")
         if snapshot.scope != scope:
@@ -145,7 +145,7 @@ class Snapshots:
             for _, one in held:
                 share = one.caller.share
                 holds[share] = holds.get(share, 0) + (1 if by_number else one.size)
-            # Of two that hold the same, the new one is refused: otherwise each would drop the other's at each attempt.
+            # If two hold the same, the new one is refused: otherwise each would drop the other's at each attempt.
             most = max(holds, key=lambda share: (holds[share], share == new.caller.share))
             if most == new.caller.share:
                 raise SnapshotCapacity(
@@ -173,21 +173,21 @@ class Call:
         self._caller = caller
 
     def answer_at_hand(self) -> bytes | None:
-        """Return the answer if it takes no turn: a further page of a snapshot."""
+        """Return the answer if it needs no turn: a further page of a snapshot."""
         page = self.request.page
         return None if page is None else self._snapshots.next_page(self._caller, self.request.scope, page)
 
     def answer(self, answer: Any) -> bytes | None:
-        """Return the JSON text of what the turn has answered; None: no value."""
+        """Return the turn's answer as JSON text; None: no value."""
         page = self.request.page
         if page is not None:
             return self._snapshots.first_page(self._caller, self.request.scope, page, answer)
         return self.row.answer(answer, self.request.tell)
 
     def refusal(self, error: Conflict | UpdateRefused) -> bytes:
-        """Return the answer that says why nothing was written. Raises the error if it is the answer."""
+        """Return the answer that says why nothing was written, or raise `error` if the function has none."""
         return self.row.refusal(error)
 
 
 REFUSED: Final = (Conflict, UpdateRefused)
-"""What a turn may raise that `Call.refusal` may make an answer of."""
+"""Errors of a turn that `Call.refusal` may turn into an answer."""

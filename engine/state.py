@@ -28,11 +28,11 @@ A = TypeVar("A")
 
 
 class StateCalls:
-    """What an engine can do with the keys of a scope, beyond `set`, `get`, `delete`, `update` and `list`.
+    """The calls on the keys of a scope beyond `set`, `get`, `delete`, `update` and `list`.
 
-    Each call may be made from any thread, and is one step, which no other call can interrupt; only `pages` and
-    `delete_range` take several. The calls raise what `get` and `set` raise, and DeserializationError for arguments that
-    make no sense, before anything is done. What a backend cannot do it refuses with Unsupported.
+    Each call may be made from any thread, and is one step that no other call can interrupt; only `pages` and
+    `delete_range` take several steps. The calls raise what `get` and `set` raise, and DeserializationError for
+    arguments that make no sense, before anything is done. A call that the backend cannot carry out raises Unsupported.
 
     >>> from scopestate import Conflict, Engine
     >>> engine = Engine()
@@ -60,8 +60,8 @@ class StateCalls:
     def entry(self, scope: str, key: str) -> EntryView | None:
         """Return a key with its `value`, `revision` and `expires_at`, or None if it does not exist.
 
-        The revision is a number below 2**53. Each change of a scope takes a larger one. With a store and in Redis none
-        is ever given twice, not even after a crash; in memory each engine begins at 1. Give it to `set(...,
+        The revision is a number below 2**53. Each change of a scope gets a larger one. With a store and in Redis no
+        revision is ever given twice, not even after a crash; in memory each engine begins at 1. Give it to `set(...,
         if_revision=...)` to write only if the key has not changed since.
         """
         return view_of(key, self._run(scope, GetEntry(checked_name("key", key))))
@@ -69,11 +69,11 @@ class StateCalls:
     def compare_and_set(
         self, scope: str, key: str, expected: object, value: object, **options: Unpack[WriteOptions]
     ) -> CasResult:
-        """Set a key if it has the expected value; `swapped` says whether it was set, `current` what it has otherwise.
+        """Set a key if it has the expected value. `swapped` says whether it was set; if not, `current` is its value.
 
-        Values are compared as JSON: 1 and 1.0 differ, the order of fields does not matter. `expected` None or MISSING:
-        the key does not exist, or holds null. A miss changes nothing and fires nothing. It clears the deadline, as
-        `set` does.
+        Values are compared as JSON: 1 and 1.0 differ, the order of fields does not matter. With `expected` None or
+        MISSING the key must not exist, or must hold null. If the value differs, nothing changes and no event fires. A
+        successful swap clears the deadline, as `set` does.
         """
         return self._compare_and_set(scope, key, expected, value, options)
 
@@ -94,10 +94,11 @@ class StateCalls:
     ) -> ModifyResult:
         """Set a key to `function(value)`, in one step; `default` stands for the value of a key that does not exist.
 
-        The function may return DELETE to delete the key and KEEP to leave it. What it raises reaches the caller, and
-        nothing is written. The deadline stays. It must be a plain function without other effects: in Redis and through
-        a bridge it is called again when another write comes in between. It must not call the engine, which raises
-        WouldDeadlock. While it runs, the scope serves no other call; one that takes over 0.25 s is logged.
+        The function may return DELETE to delete the key and KEEP to leave it as it is. An exception that it raises
+        reaches the caller, and nothing is written. The deadline stays. It must be a plain function without other
+        effects: in Redis and through a bridge it is called again when another write comes in between. If it calls the
+        engine, that raises WouldDeadlock. While it runs, the scope serves no other call; a run of more than 0.25 s is
+        logged.
         """
         turn, durable = arguments.modify_turn(key, function, default, run_callback, durable)
         return self._run(scope, turn, durable)
@@ -111,7 +112,7 @@ class StateCalls:
         expires_at: datetime | None = None,
         **options: Unpack[WriteOptions],
     ) -> bool:
-        """Have a key expire in `ttl` seconds, or at `expires_at`; `ttl=None`: never. Return whether the key exists.
+        """Make a key expire in `ttl` seconds, or at `expires_at`; `ttl=None`: never. Return whether the key exists.
 
         The value and the revision stay, and no event fires. Raises DeserializationError if no time is given.
         """
@@ -119,7 +120,7 @@ class StateCalls:
         return self._run(scope, turn, durable)
 
     def ttl(self, scope: str, key: str) -> float | None:
-        """Return in how many seconds a key expires. None: it never does, or does not exist."""
+        """Return in how many seconds a key expires; None if it never does, or does not exist."""
         found = self._run(scope, GetEntry(checked_name("key", key)))
         return None if found is None else self._left_s(found.expires_ms)
 
@@ -129,7 +130,7 @@ class StateCalls:
     # ------------------------------------------------------------------------------------------------ transactions
 
     def batch(self, scope: str, **options: Unpack[WriteOptions]) -> Batch:
-        """Return a batch of checks and writes, for a `with` statement: at its end all are done, or none.
+        """Return a batch of checks and writes, for a `with` statement: at its end all of them are done, or none.
 
         See `Batch`. At most 1,000 keys and `max_batch_bytes` of values.
         """
@@ -139,14 +140,14 @@ class StateCalls:
         """Call `function(tx)`, which reads and writes the scope as if it were alone, and return what it returns.
 
         `tx` has `get`, `set`, `delete`, `update`, `entry`, `keys`, `items` and `touch`, and can be used as a dict of
-        keys. It reads its own writes. They take effect in one step when the function has returned: one event for each
-        key that has changed. What it raises reaches the caller, and nothing is written. At most
+        keys. It reads its own writes. The writes take effect in one step when the function has returned, with one event
+        for each key that has changed. An exception that it raises reaches the caller, and nothing is written. At most
         1,000 keys and `max_batch_bytes` of values; more raises BatchTooLarge.
 
         The function must be a plain function without other effects: in Redis and through a bridge it is called again
-        when another write comes in between, and Conflict is raised if that happens too often. It must not call the
-        engine, which raises WouldDeadlock. While it runs, the scope serves no other call; one that takes over 0.25 s is
-        logged. With an idempotency key, the answer must be JSON, and a repetition does not call the function.
+        when another write comes in between, and Conflict is raised if that happens too often. If it calls the engine,
+        that raises WouldDeadlock. While it runs, the scope serves no other call; a run of more than 0.25 s is logged.
+        With an idempotency key, the answer must be JSON, and a repetition does not call the function.
         """
         turn, durable = arguments.transact_turn(function, self._limits, run_callback, **options)
         return self._run(scope, turn, durable)
@@ -156,8 +157,8 @@ class StateCalls:
     def keys(self, scope: str, **within: Unpack[RangeOptions]) -> list[str]:
         """Return keys in the order of their UTF-8 bytes.
 
-        `prefix`, `start` (included), `after` and `end` (both not included) say which; with `reverse` they mean the
-        same, and the largest key comes first; at most `limit`. No value is decoded.
+        `prefix`, `start` (inclusive), `after` and `end` (both exclusive) choose the keys. With `reverse` they mean the
+        same, and the largest key comes first. At most `limit` keys are returned. No value is decoded.
         """
         return self._run(scope, Keys(range_of("keys()", **within)))
 
@@ -187,8 +188,8 @@ class StateCalls:
     ) -> int:
         """Delete the keys within the bounds of `keys`, and return how many there were. Fires an event for each.
 
-        It takes one step for each 1,000 keys: others may see that some are gone and some are not, and a key that is
-        created meanwhile may be deleted too. At least one bound must be given; `prefix=""` deletes every key.
+        It takes one step for each 1,000 keys: other calls may see some of the keys deleted and others not, and a key
+        that is created meanwhile may be deleted too. At least one bound must be given; `prefix=""` deletes every key.
         """
         deleted, more, pieces = 0, True, 0
         while more:
@@ -200,11 +201,12 @@ class StateCalls:
         return deleted
 
     def pages(self, scope: str, limit: int = PAGE_KEYS, **walk: Unpack[PageOptions]) -> Iterator[Page]:
-        """Yield the entries within the bounds of `keys` in pages of `limit`, each read when it is asked for.
+        """Yield the entries within the bounds of `keys` in pages of `limit`; each page is read when it is requested.
 
-        A key that exists during the whole walk comes exactly once; one that is written meanwhile may come or not.
-        `page.cursor` is text for `pages(cursor=...)` with the same bounds, to go on later; it holds over restarts of an
-        engine with a store. Raises InvalidCursor for one that is damaged, or of another scope, store or range.
+        A key that exists during the whole walk comes exactly once; one that is created or deleted meanwhile may come or
+        not. `page.cursor` is text for `pages(cursor=...)` with the same bounds, to go on later; with a store it stays
+        valid over restarts of the engine. Raises InvalidCursor if the cursor is damaged, or belongs to another scope,
+        store or range.
         """
         first = arguments.page_turn(limit, **walk)
         checked_name("scope", scope)
@@ -219,7 +221,7 @@ class StateCalls:
             turn = arguments.next_page(turn, page.cursor)
 
     def iter(self, scope: str, **within: Unpack[RangeOptions]) -> Iterator[tuple[str, Any]]:
-        """As `items`, as an iterator over what is there now: each value is decoded when it is reached."""
+        """As `items`, as an iterator over the entries of this moment: each value is decoded when it is reached."""
         return _decoded(self._run(scope, Pairs(range_of("iter()", **within))))
 
 
@@ -229,5 +231,5 @@ def _decoded(pairs: builtins.list[tuple[str, bytes]]) -> Iterator[tuple[str, Any
 
 
 def of_piece(idempotency_key: str | None, piece: int) -> str | None:
-    """Return the idempotency key of one step of several, the first of which has the caller's own."""
+    """Return the idempotency key of one of several steps; the first step has the caller's own key."""
     return idempotency_key if not piece or idempotency_key is None else f"{idempotency_key}#{piece}"

@@ -27,7 +27,7 @@ class Mailboxes(Plain, msgspec.Struct, frozen=True):
 
 
 class Stats(Plain, msgspec.Struct, frozen=True):
-    """Counts since the engine was made, and current sizes. Read while it runs, so not all are of one moment."""
+    """Counts since the engine was made, and current sizes. They are not all read at one moment."""
 
     calls: dict[str, int]
     """Calls of each `state::` function from Python, by function id; refused calls count too."""
@@ -38,7 +38,7 @@ class Stats(Plain, msgspec.Struct, frozen=True):
     skipped: int
     """Events that a condition skipped."""
     failures: int
-    """Events that were given up: handler or condition failed, or the depth was too large."""
+    """Events that were given up: the handler or condition failed, or the depth was too large."""
     retries: int
     timeouts: int
     dropped: int
@@ -63,17 +63,18 @@ class Stats(Plain, msgspec.Struct, frozen=True):
     expiry_late_ms: int
     """How many milliseconds after its deadline the oldest key of the last removal was removed."""
     expiring_scopes: int
-    """Scopes that have keys with deadlines, in memory or not. A scope may be counted a moment later."""
+    """Scopes that have keys with deadlines, in memory or not. A scope may be counted with a short delay."""
     misfits: int
-    """Writes of values that do not fit the type or schema of their scope, whose rule says `enforce: warn`. In Redis a
-    write that is decided again, because the key has changed meanwhile, counts again."""
+    """Writes of values that do not fit the type or schema of their scope, under a rule with `enforce: warn`. In Redis a
+    write that is decided again because the key has changed meanwhile counts again."""
     mailboxes: Mailboxes
     threads: int
     """Live worker threads."""
     store: dict[str, int] = {}
     """Counts of the backend: in Redis, for example, attempts to update and conflicts; otherwise empty."""
     sharing: SharingStatus | None = None
-    """Which process owns the directory of a `file_based` store, and how many follow; None: there is no directory."""
+    """Which process owns the directory of a `file_based` store, and how many engines follow; None: there is no
+    directory."""
 
     def __repr__(self) -> str:
         counted = {name: getattr(self, name) for name in self.__struct_fields__}
@@ -138,7 +139,7 @@ def measure(parts: Parts) -> Stats:
 
 
 def check_health(parts: Parts, *, closed: bool, forked: str | None = None) -> Health:
-    """Return the health of an engine. `forked`: what is wrong in a child that has inherited it."""
+    """Return the health of an engine. `forked` says what is wrong in a child process that has inherited it."""
     problems: list[str] = [] if forked is None else [forked]
     snapshot = parts.snapshot
     if closed:

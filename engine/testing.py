@@ -1,4 +1,4 @@
-"""For the tests of programs: engines that can crash, on real threads or on a clock that the test moves."""
+"""For tests of programs: engines that can crash, on real threads or on a clock that the test moves."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Source = str | os.PathLike[str] | Mapping[str, Any] | Config | None
 V = TypeVar("V")
 
 _ROUNDING_S: Final = 1e-6
-"""Times of day in seconds are sums of floats: those nearer to one another than this are the same."""
+"""Times of day in seconds are sums of floats: two that differ by less than this count as the same."""
 NAMED: Final = 10
 """How many failures a message shows."""
 
@@ -57,7 +57,7 @@ def read_config(source: Source) -> Config:
 
 
 class Engines:
-    """Opens engines on real threads for a test, and ends them: in order, or by a crash.
+    """Opens engines on real threads for a test, and ends them: with an orderly close, or by a crash.
 
     ::
 
@@ -66,7 +66,8 @@ class Engines:
             engine.set("users", "ada", 1)
             engine = engines.crash(engine)           # as after SIGKILL, opened again
 
-    Several that are opened on one directory share it, as those of several processes do. From any thread.
+    Engines that are opened on one directory share it, as engines of several processes do. Methods may be called from
+    any thread.
     """
 
     def __init__(self) -> None:
@@ -78,7 +79,7 @@ class Engines:
         return f"<Engines: {', '.join(map(repr, self._opened)) or 'none'}>"
 
     def open(self, config: Source = None) -> Engine:
-        """Open an engine; without a configuration in memory. Raises ConfigError and StorageError.
+        """Open an engine; without a configuration it is in memory. Raises ConfigError and StorageError.
 
         A file is not watched, and the signals of the process are left alone.
         """
@@ -95,21 +96,22 @@ class Engines:
     def crash(self, engine: Engine, *, torn: bool = False) -> Engine:
         """End `engine` as SIGKILL ends its process, and return a new one with the same configuration.
 
-        With `torn` as a power cut ends it in the middle of a save: half of what was not saved yet is on the disk, and
-        the new engine must leave it out. If all was saved, nothing is torn.
+        With `torn` it ends as by a power cut in the middle of a save: half of what was not saved yet is on the disk,
+        and the new engine must ignore it. If everything was saved, nothing is torn.
 
-        What was written and not saved is gone, except in scopes with `durability: commit`; the events of durable
-        triggers that no handler has finished are delivered again when the trigger is registered again. Functions and
-        triggers of the program are gone, those of the configuration are there again. If other engines share its
-        directory, one of them owns it from now on, or the new one.
+        Writes that were not saved are lost, except in scopes with `durability: commit`; the events of durable triggers
+        that no handler has finished are delivered again when the trigger is registered again. Functions and triggers of
+        the program are gone; those of the configuration exist again. If other engines share its directory, either one
+        of them or the new engine becomes the owner.
 
-        The old engine refuses calls with EngineClosed: those of handlers that run, which cannot be ended, too, and
-        those that wait. A write that waits for its commit raises that or StorageError. Its coroutine handlers are
-        cancelled. Call it on any thread, but not in a coroutine handler.
+        The old engine refuses calls with EngineClosed, including calls that wait and calls of plain handlers, which
+        keep running because threads cannot be ended. A write that waits for its commit raises EngineClosed or
+        StorageError. Coroutine handlers of the old engine are cancelled. Call this on any thread, but not in a
+        coroutine handler.
 
         Raises ValueError for an engine that is not open here, Unsupported for Redis, WouldDeadlock in the function of a
-        `modify` or `transact`, and what `open` raises; with `torn` also Unsupported for an engine that has no files:
-        in memory, behind a bridge, or one that follows.
+        `modify` or `transact`, and what `open` raises; with `torn` also Unsupported for an engine without files of its
+        own: in memory, behind a bridge, or a follower.
         """
         refuse_in_callback()
         config, dispatcher = self._found(engine)
@@ -128,17 +130,17 @@ class Engines:
         return found
 
     def settle(self, timeout: float) -> None:
-        """Wait until the events of all engines are handled; what fails is in `failures`. Raises ReplyTimeout."""
+        """Wait until the events of all engines are handled. Failures are put into `failures`. Raises ReplyTimeout."""
         for engine, left_s in self._in_turn(timeout):
             engine.drain(timeout=left_s)
 
     async def settle_on_loop(self, timeout: float) -> None:  # noqa: ASYNC109 - as `AioEngine.drain`
-        """As `settle`, on the event loop of asyncio that is running, to which handlers may belong."""
+        """As `settle`, on the running asyncio event loop, which may also run handlers."""
         for engine, left_s in self._in_turn(timeout):
             await engine.aio.drain(timeout=left_s)
 
     def _in_turn(self, timeout: float) -> Iterator[tuple[Engine, float]]:
-        # As often as there are engines: a handler of one may write to the next.
+        # Once for each engine: a handler of one may write to the next.
         deadline = time.monotonic() + timeout
         for _ in list(self._opened):
             for engine in list(self._opened):
@@ -146,7 +148,7 @@ class Engines:
                     yield engine, max(deadline - time.monotonic(), 0.0)
 
     def close(self) -> None:
-        """Close the engines that are still open, which saves and delivers: the last opened first.
+        """Close the engines that are still open, the last opened first. This saves state and delivers events.
 
         Raises StorageError as `Engine.close`. The end of `with Engines() as engines:` does it.
         """
@@ -161,14 +163,14 @@ class Engines:
 
 
 class _OnClock(Engine):
-    """An engine whose time passes when a clock says so: without event loops, which have a time of their own."""
+    """An engine whose time a clock moves. It has no event loops, because these have their own time."""
 
     @property
     def aio(self) -> AioEngine:
         raise _no_loops("`engine.aio`")
 
     def refuse_coroutines(self) -> None:
-        """Refuse coroutine handlers, those of the configuration now. Raises Unsupported."""
+        """Refuse coroutine handlers from now on, and at once if the configuration has any. Raises Unsupported."""
         functions = self._functions
         add = functions.add
 
@@ -202,7 +204,7 @@ class _Opened(msgspec.Struct, eq=False):
     dispatcher: DeterministicDispatcher
     store: FileAdapter | None
     began_s: float
-    """What the clock showed when it was opened."""
+    """The time of the clock when it was opened, in seconds."""
 
 
 class VirtualClock:
@@ -218,8 +220,8 @@ class VirtualClock:
 
     On such an engine nothing runs by itself: handlers, saves, expiry and retries run in `advance` and `run`, and in
     calls that wait for them (`drain`, `flush`, a write with `durability: commit`). Handlers run one at a time.
-    Use it, and the engines, on the thread that made it. Coroutine handlers and `engine.aio` are refused, as event loops
-    have a time of their own, and so are Redis and a bridge, whose time passes in another process: Unsupported.
+    Use it, and the engines, on the thread that made it. Coroutine handlers, `engine.aio`, Redis and a bridge are
+    refused with Unsupported: event loops and other processes have their own time.
     """
 
     def __init__(self, start: datetime | None = None) -> None:
@@ -248,7 +250,7 @@ class VirtualClock:
             )
         for mistake in durable_mistakes(read):
             raise mistake
-        # A process of its own, which shares its directory with none: sharing goes by the real time.
+        # As in a process of its own that does not share its directory: sharing depends on real time.
         store = FileAdapter(options.file_path) if options.store_method == "file_based" else None
         dispatcher = DeterministicDispatcher(0, switch=0.0, busy=0.0, wall_s=self._now_s)
         try:
@@ -271,15 +273,15 @@ class VirtualClock:
             self.failures.append(failure)
 
     def run(self) -> None:
-        """Run what is due now: the handlers of what was written, for example. Raises as `advance`."""
+        """Run everything that is due now, such as handlers of earlier writes. Raises as `advance`."""
         self.advance(0.0)
 
     def advance(self, seconds: float) -> None:
-        """Let `seconds` pass, and run all that is due in that time, each at its own time: one thing after the other.
+        """Let `seconds` pass, and run everything that is due in that time, one after the other, each at its own time.
 
-        What something at 10 s has fall due at 20 s runs too, if it is within `seconds`. When this returns, the handlers
-        have ended. Raises ValueError for less than 0 seconds; and an ExceptionGroup of the errors of handlers whose
-        events were given up meanwhile, after all is done. They stay in `failures`.
+        If something that runs at 10 s makes more due at 20 s, that runs too if it is within `seconds`. When this
+        returns, the handlers have ended. Raises ValueError for less than 0 seconds; and, after everything has run, an
+        ExceptionGroup of the errors of handlers whose events were given up meanwhile. They stay in `failures`.
         """
         if not seconds >= 0:
             raise ValueError(f"advance takes seconds, 0 or more, not {seconds!r}: time does not go back")
@@ -290,7 +292,7 @@ class VirtualClock:
             raise BaseExceptionGroup(describe(self.failures[before:]), errors)
 
     def settle(self) -> None:
-        """As `run`, and raise nothing: what fails is in `failures`."""
+        """As `run`, but raise nothing: failures are put into `failures`."""
         self._pass(0.0)
 
     def _pass(self, seconds: float) -> None:
@@ -306,13 +308,13 @@ class VirtualClock:
         self._catch_up()
 
     def _catch_up(self) -> None:
-        """Have each engine run what is due by now. All have the same time before one runs: it may call the others."""
+        """Have each engine run what is due by now. All get the same time first: one may call the others."""
         while True:
             opened = self._live()
             for each in opened:
                 there, due = self._now_s - each.began_s, each.dispatcher.next_due()
                 if due is not None and abs(due - there) < _ROUNDING_S:
-                    there = due  # or a due that rounding puts just behind `there` would never be reached
+                    there = due  # otherwise a due time that rounding puts just after `there` would never be reached
                 each.dispatcher.pass_to(there)
             if not sum([each.dispatcher.run_until_idle() for each in opened]):
                 break
@@ -325,15 +327,15 @@ class VirtualClock:
         return self._opened
 
     def crash(self, engine: Engine, *, torn: bool = False) -> Engine:
-        """End `engine` as SIGKILL ends its process, and return a new one on what had reached the disk.
+        """End `engine` as SIGKILL ends its process, and return a new one that has what had reached the disk.
 
-        With `torn` as a power cut ends it in the middle of a save: as in `Engines.crash`.
+        With `torn` it ends as by a power cut in the middle of a save, as in `Engines.crash`.
 
-        What was written and not saved is gone, except in scopes with `durability: commit`; the events of durable
-        triggers that no handler has finished are delivered again when the trigger is registered again. The old engine
-        runs no handler any more, writes nothing, and refuses calls with EngineClosed. Functions and triggers of the
-        program are gone with it, those of the configuration are there again. Call it outside of handlers. Raises
-        ValueError for an engine that is not open on this clock; with `torn` Unsupported for one without files.
+        Writes that were not saved are lost, except in scopes with `durability: commit`; the events of durable triggers
+        that no handler has finished are delivered again when the trigger is registered again. The old engine runs no
+        more handlers, writes nothing, and refuses calls with EngineClosed. Functions and triggers of the program are
+        gone with it; those of the configuration exist again. Call it outside of handlers. Raises ValueError for an
+        engine that is not open on this clock; with `torn` Unsupported for one without files.
         """
         found = next((each for each in self._live() if each.engine is engine), None)
         if found is None:
@@ -345,7 +347,7 @@ class VirtualClock:
         return self.open(found.config)
 
     def close(self) -> None:
-        """Close the engines that are still open, which saves and delivers. Raises StorageError as `Engine.close`.
+        """Close the engines that are still open: save, and deliver events. Raises StorageError as `Engine.close`.
 
         The end of `with VirtualClock() as clock:` does it.
         """
@@ -383,7 +385,7 @@ def typed(example: ModifyResult[Any], kind: type[V]) -> ModifyResult[V]: ...
 @overload
 def typed(example: CasResult[Any], kind: type[V]) -> CasResult[V]: ...
 def typed(example: Any, kind: type[V]) -> Any:
-    """Return an example as the handles of a typed scope have it: `typed(StateEvent.example(new_value={...}), User)`.
+    """Return an example as a typed scope's handle gives it: `typed(StateEvent.example(new_value={...}), User)`.
 
     Its values are objects of `kind`; one that does not fit raises SchemaViolation when it is read.
     """
@@ -393,7 +395,7 @@ def typed(example: Any, kind: type[V]) -> Any:
 
 
 def describe(failures: list[DeliveryFailure]) -> str:
-    """Return for people what was not delivered, and why."""
+    """Describe for people which events were not delivered, and why."""
     lines = [f"{len(failures)} events were not handled:"]
     for failure in failures[:NAMED]:
         event, error = failure.event, failure.error

@@ -1,7 +1,7 @@
 """Handles on a scope whose values are of one Python type: what `Engine.scope(..., type=...)` returns.
 
-They convert on this side, on the thread of the caller: a value is encoded from its type before it is written, and read
-into it when it is returned. The scope itself holds plain JSON, as for every other handle.
+They convert on the caller's thread: a value is encoded from its type before it is written, and decoded into it when it
+is returned. The scope itself holds plain JSON, as for every other handle.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class _Calls(Generic[T]):
         return turn, durable
 
     def check_of(self, key: str) -> Callable[[bytes], object]:
-        """Return what refuses a result of an update."""
+        """Return a function that raises if the result of an update does not fit."""
         return partial(self.reader.check, key)
 
     def update_result(self, key: str, answer: UpdateResult) -> UpdateResult[T]:
@@ -153,7 +153,7 @@ class _Calls(Generic[T]):
         return Page(tuple(self.entries(page.entries)), page.cursor)
 
     def pairs(self, pairs: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, T]]:
-        """Yield keys with their values, but for those that are skipped."""
+        """Yield keys with their values, except those that are skipped."""
         read = self.reader.read
         for key, data in pairs:
             value: Any = read(key, data)
@@ -210,7 +210,7 @@ class _Calls(Generic[T]):
 
 
 _ABSENT: Final = object()
-"""What the function of a `modify` gets in place of a value that is not there."""
+"""What the function of a `modify` gets if the key does not exist."""
 
 
 # ------------------------------------------------------------------------------------------- several writes as one
@@ -266,7 +266,7 @@ class TypedTransaction(Transaction[T], Generic[T]):
 
 
 class _TypedWrites(Writes[T], Generic[T]):
-    """What the batches of typed scopes do otherwise."""
+    """What batches of typed scopes do differently."""
 
     __slots__ = ("_calls",)
 
@@ -282,7 +282,7 @@ class _TypedWrites(Writes[T], Generic[T]):
         super().set(key, self._calls.plain(key, value), **options)
 
     def update(self, key: str, ops: Iterable[AnyOp], **options: Unpack[DeadlineOptions]) -> None:
-        """Refused: the result would have to be checked where the batch is done. `transact` can do it."""
+        """Refuse an update: its result would have to be checked where the batch is carried out. Use `transact`."""
         raise Unsupported("`update` in a batch of a typed scope", "its result is known at the end only: use `transact`")
 
 
@@ -310,7 +310,7 @@ class AioTypedBatch(_TypedWrites[T], AioBatch[T], Generic[T]):
 
 
 class _Reading(Generic[T]):
-    """Has a watch yield changes with typed values, and leave out those that are skipped."""
+    """Makes a watch yield changes with typed values, and leave out those that are skipped."""
 
     _calls: _Calls[T]
 
@@ -557,7 +557,7 @@ class AioTypedScope(AioScope[T], Generic[T]):
 
 
 def typed_handler(handler: F, reader: Reader[Any]) -> F:
-    """Return a handler that gets typed events, and calls `handler`."""
+    """Return a handler that calls `handler` with typed events."""
 
     def events_of(given: Any) -> Any:
         if isinstance(given, StateEvent):

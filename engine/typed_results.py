@@ -26,7 +26,7 @@ SKIPPED: Final = Skipped()
 
 
 class Reader(Generic[T]):
-    """Reads the values of one scope into a type, and decides what becomes of those that do not fit."""
+    """Reads the values of one scope into a type, and decides what happens to values that do not fit."""
 
     def __init__(self, scope: str, kind: ValueType[T], on_invalid: OnInvalid) -> None:
         if on_invalid not in ("raise", "skip") and not callable(on_invalid):
@@ -62,7 +62,7 @@ class Reader(Generic[T]):
             raise self.kind.refuse(self.scope, key, misfit, written=True) from misfit.__cause__
 
     def check(self, key: str, data: bytes) -> None:
-        """Raise SchemaViolation if what is to be written does not fit."""
+        """Raise SchemaViolation if a value to be written does not fit."""
         try:
             self.kind.check(data)
         except Misfit as misfit:
@@ -81,14 +81,14 @@ class Reader(Generic[T]):
 
 
 class VersionedReader(Reader[T]):
-    """As `Reader`, of a scope whose values have versions: it reads them as the current version has them."""
+    """As `Reader`, for a scope whose values have versions: it upgrades them to the current version."""
 
     def __init__(self, scope: str, kind: ValueType[T], on_invalid: OnInvalid, rule: ValueRule) -> None:
         super().__init__(scope, kind, on_invalid)
         self._rule = rule
 
     def read(self, key: str, data: bytes) -> T | Skipped:
-        """As there. Raises SchemaViolation for a later version too, whose fields may mean something else."""
+        """As there. Also raises SchemaViolation for a later version, whose fields may have another meaning."""
         try:
             data = self._rule.known(key, data)
         except SchemaViolation as violation:
@@ -264,7 +264,7 @@ def typed_event(event: StateEvent[Any], reader: Reader[T]) -> TypedEvent[T]:
 
 
 def typed(example: Any, reader: Reader[Any]) -> Any:
-    """Return the same result, entry, event or change, with values of a type."""
+    """Return the same result, entry, event or change with values of a type."""
     kind = _TYPED[type(example)]
     return kind(**{name: getattr(example, name) for name in type(example).__struct_fields__}, reader=reader)
 

@@ -1,1 +1,1 @@
-"""What connects an engine to other libraries: a module for each, imported only by the programs that use it."""
+"""Integrations with other libraries: one module for each, imported only by programs that use it."""

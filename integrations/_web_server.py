@@ -1,8 +1,8 @@
-"""What a web server says of itself to the application that it runs: how many workers it has, and whether it ends.
+"""Ask the web server that runs the application how many workers it has, and whether it is ending.
 
-Nothing of that is in ASGI. The server's own objects are asked: they stand in the frames that have called the
-application, or in those of the tasks of the event loop. A server that is not known, or that has changed, costs what is
-told here and nothing else; tests with the real ones notice.
+ASGI has no such information. It is read from the server's own objects, found in the stack frames that called the
+application or in those of the event loop's tasks. With an unknown or changed server only this information is missing;
+tests with the real servers notice a change.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from typing import Any, Final
 __all__ = ["server_ends", "workers", "workers_of"]
 
 _SERVERS: Final = ("gunicorn", "uvicorn")
-"""Packages whose objects say how many workers there are, the outermost one first: gunicorn runs uvicorn's server."""
+"""Packages whose objects know the number of workers, the outermost first: gunicorn runs uvicorn's server."""
 
 _ENDING: Final[dict[str, Callable[[Any], bool]]] = {
     "uvicorn.server": lambda server: bool(server.should_exit),
     "gunicorn.workers.gasgi": lambda worker: not worker.alive,
 }
-"""Modules whose objects say that the server has been told to end."""
+"""Modules whose objects know whether the server has been told to end."""
 
 LOOKS_EVERY_S: Final = 0.1
-"""Time between two looks at the server, while a stream is open. uvicorn itself looks as often."""
+"""Seconds between two looks at the server while a stream is open. uvicorn itself looks as often."""
 
 
 def workers() -> tuple[int, str]:
-    """Return how many workers the server runs, as far as a worker can know, and what says so. (1, "") if nothing does.
+    """Return how many workers the server runs, as far as a worker can know, and the source; (1, "") if unknown.
 
-    For a caller within the lifespan: a worker has nothing but the server's objects in which the command line, the files
-    and the environment have been put together. Without one that is known, `WEB_CONCURRENCY` counts.
+    Call it within the lifespan. In a worker only the server's objects combine the settings of the command line, files
+    and environment. If no known object is found, `WEB_CONCURRENCY` counts.
     """
     found: dict[str, int] = {}
     frame = inspect.currentframe()
@@ -58,14 +58,14 @@ def workers_of(server: object, package: str) -> int | None:
     count = getattr(settings, "workers", None)
     if not isinstance(count, int):
         return None
-    return 1 if package == "uvicorn" and getattr(settings, "reload", False) else count  # which it then ignores
+    return 1 if package == "uvicorn" and getattr(settings, "reload", False) else count  # then ignored
 
 
 async def server_ends() -> None:
     """Return when the server of this event loop has been told to end; never, if the server is not known.
 
-    A server waits for open responses before it ends the lifespan, and tells them nothing: a stream that goes on until
-    it is told would hold it without end.
+    A server waits for open responses before it ends the lifespan, without telling them: an endless stream would keep it
+    from ending.
     """
     loop = asyncio.get_running_loop()
     ending = _endings.get(loop)
@@ -75,7 +75,7 @@ async def server_ends() -> None:
 
 
 class _Ending:
-    """Looks at the server of one event loop while anything waits for its end: one timer, for any number of streams."""
+    """Watches for the end of an event loop's server while anything waits for it: one timer for all streams."""
 
     def __init__(self) -> None:
         self._ends = _end_of_server()
@@ -108,7 +108,7 @@ _endings: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Ending] = weakre
 
 
 def _end_of_server() -> Callable[[], bool] | None:
-    """Return what says that the server of this event loop ends; None if the server is not known."""
+    """Return a function that says whether this event loop's server is ending; None if the server is not known."""
     for task in asyncio.all_tasks():
         for frame in _frames(task.get_coro()):
             ends = _ENDING.get(str(frame.f_globals.get("__name__")))

@@ -1,7 +1,7 @@
 """An engine in the lifespan of a web application, for Starlette, FastAPI and other ASGI frameworks.
 
-The server calls the lifespan once in each worker process, behind any fork, and again when the worker ends: the place to
-open an engine and to close it. docs/how-to/sharing.md says how the workers of one application share a directory.
+The server enters the lifespan once in each worker process, after any fork, and leaves it when the worker ends: the
+place to open and close an engine. docs/how-to/sharing.md says how the workers of one application share a directory.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ class EngineOptions(TypedDict, total=False):
 
 @asynccontextmanager
 async def open_engine(source: Source = None, **options: Unpack[EngineOptions]) -> AsyncIterator[Engine]:
-    """Open an engine, for the body of an `async with` in a lifespan of your own, and close it in order at its end.
+    """Open an engine for an `async with` in a lifespan of your own, and close it in order at the end.
 
     `source` and `options` are those of `Engine.from_config`. `source` may also be an open engine, such as one that a
-    test has made: it is used as it is, and not closed. Opening blocks the event loop, which serves nothing yet; closing
-    does not, so handlers on it run to their end. Raises ConfigError and StorageError: the server then reports that the
-    application did not start. Once in a process, the log warns if the state is in memory while the server runs several
-    workers, each of which has a state of its own then.
+    test has made: it is used as it is, and not closed. Opening blocks the event loop, which serves no requests yet;
+    closing does not block it, so handlers on it run to their end. Raises ConfigError and StorageError: the server then
+    reports that the application did not start. If the state is in memory while the server runs several workers, each
+    worker has a separate state; the log warns of that once in each process.
     """
     if isinstance(source, Engine):
         if options:

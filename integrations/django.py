@@ -42,21 +42,21 @@ _OPTIONS: Final = frozenset(
 
 
 class Serializer(Protocol):
-    """What `serializer` in OPTIONS names: a class like `django.core.cache.backends.redis.RedisSerializer`."""
+    """A class that `serializer` in OPTIONS may name, like `django.core.cache.backends.redis.RedisSerializer`."""
 
     def dumps(self, value: Any, /) -> bytes | int:
-        """Return a value as bytes. Whole numbers stay what they are, so that `incr` can count."""
+        """Return a value as bytes. Whole numbers are returned as they are, so that `incr` can count."""
 
     def loads(self, data: Any, /) -> Any:
-        """Return the value of what `dumps` has returned."""
+        """Return the value for something that `dumps` has returned."""
 
 
 class StateCache(BaseCache):  # type: ignore[misc]  # Django has no types
-    """A cache of Django. Each thread of a process has one of its own; those with the same settings share one `Cache`.
+    """A Django cache. Each thread of a process has its own object; objects with the same settings share one `Cache`.
 
     The engine is opened at the first call, in each process that serves requests. Processes with the same directory
-    share it (docs/how-to/sharing.md). Each write of one key is one step; `incr`, `add` and `touch` too, whichever
-    processes try. Errors of the engine reach the caller: see `Cache`.
+    share it (docs/how-to/sharing.md). Each write of one key is one step, also `incr`, `add` and `touch`, from any
+    number of processes. Errors of the engine reach the caller: see `Cache`.
     """
 
     def __init__(self, location: str | os.PathLike[str], params: dict[str, Any]) -> None:
@@ -103,19 +103,19 @@ class StateCache(BaseCache):  # type: ignore[misc]  # Django has no types
         return default if value is _ABSENT else self._unpacked(value)
 
     def has_key(self, key: Any, version: int | None = None) -> bool:
-        """Return whether there is an entry."""
+        """Return whether the key exists."""
         return self.make_and_validate_key(key, version) in self._cache
 
     def set(self, key: Any, value: Any, timeout: Any = DEFAULT_TIMEOUT, version: int | None = None) -> None:
-        """Set a value. Raises InvalidValue, with the path, for one that the cache does not hold."""
+        """Set a value. Raises InvalidValue, with the path, for a value that the cache cannot hold."""
         self._cache.set(self.make_and_validate_key(key, version), self._packed(value), self._expire(timeout))
 
     def add(self, key: Any, value: Any, timeout: Any = DEFAULT_TIMEOUT, version: int | None = None) -> bool:
-        """Set a value if there is no such key; return whether it was set."""
+        """Set a value if the key does not exist; return whether it was set."""
         return self._cache.add(self.make_and_validate_key(key, version), self._packed(value), self._expire(timeout))
 
     def touch(self, key: Any, timeout: Any = DEFAULT_TIMEOUT, version: int | None = None) -> bool:
-        """Have an entry expire in `timeout` seconds from now; return whether there is one."""
+        """Make an entry expire in `timeout` seconds from now; return whether it exists."""
         return self._cache.touch(self.make_and_validate_key(key, version), self._expire(timeout))
 
     def delete(self, key: Any, version: int | None = None) -> bool:
@@ -123,7 +123,7 @@ class StateCache(BaseCache):  # type: ignore[misc]  # Django has no types
         return self._cache.delete(self.make_and_validate_key(key, version))
 
     def incr(self, key: Any, delta: int = 1, version: int | None = None) -> Any:
-        """Add `delta` in one step; the deadline stays. Raises ValueError if there is no such key."""
+        """Add `delta` in one step; the deadline stays. Raises ValueError if the key does not exist."""
         try:
             return self._cache.incr(self.make_and_validate_key(key, version), delta, default=None)
         except KeyError:
@@ -134,7 +134,7 @@ class StateCache(BaseCache):  # type: ignore[misc]  # Django has no types
     def set_many(
         self, data: Mapping[Any, Any], timeout: Any = DEFAULT_TIMEOUT, version: int | None = None
     ) -> list[Any]:
-        """Set many values, 500 in a step; return []: none fails by itself."""
+        """Set many values, 500 in each step. Returns [], as no key can fail alone."""
         self._cache.set_many(self._named(data, version), self._expire(timeout))
         return []
 
@@ -142,7 +142,7 @@ class StateCache(BaseCache):  # type: ignore[misc]  # Django has no types
         return {self.make_and_validate_key(key, version): self._packed(value) for key, value in data.items()}
 
     def delete_many(self, keys: Iterable[Any], version: int | None = None) -> None:
-        """Remove many entries, 500 in a step."""
+        """Remove many entries, 500 in each step."""
         self._cache.delete_many([self.make_and_validate_key(key, version) for key in keys])
 
     def clear(self) -> None:
@@ -151,7 +151,7 @@ class StateCache(BaseCache):  # type: ignore[misc]  # Django has no types
 
     # ----------------------------------------------------------------------------------------------------- asyncio
 
-    # What is not here runs the calls above on a thread, as in Django's own backends.
+    # Calls that are not defined here run the ones above on a thread, as in Django's own backends.
 
     async def aget(self, key: Any, default: Any = None, version: int | None = None) -> Any:
         """As `get`."""
@@ -216,10 +216,10 @@ def _serializer_of(given: Any) -> Serializer | None:
 
 
 class _Response:
-    """An answer, to be kept: what Django's middleware for whole pages stores."""
+    """A response to be stored, as Django's middleware for whole pages does."""
 
     def __init__(self, response: Any) -> None:
-        # Here, so that one that is not rendered yet, or that is a stream, raises where it was given.
+        # Read here, so that a response that is a stream or not rendered yet raises in the call that gives it.
         self.data = {
             "status": response.status_code,
             "reason": response.reason_phrase,

@@ -5,7 +5,7 @@
     @app.get("/users/{name}")
     async def user(name: str, engine: EngineDep) -> dict[str, Any]: ...
 
-`lifespan` is in `scopestate.integrations.asgi`. docs/how-to/web-frameworks.md has all of it.
+`lifespan` is in `scopestate.integrations.asgi`. docs/how-to/web-frameworks.md has the details.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ async def _engine(connection: HTTPConnection) -> Engine:
 
 
 EngineDep = Annotated[Engine, Depends(_engine)]
-"""A parameter of this type is the engine that the lifespan has opened; of a route or a WebSocket."""
+"""The type of a parameter, of a route or a WebSocket, that is the engine which the lifespan has opened."""
 
 
 def scope_of(scope: str, *, type: Any = None, on_invalid: OnInvalid = "raise", engine: str = "engine") -> Any:  # noqa: A002 - as `Engine.scope`
-    """Return a dependency, a handle on one scope: `Users = Annotated[Scope[User], scope_of("users", type=User)]`.
+    """Return a dependency on a scope's handle: `Users = Annotated[Scope[User], scope_of("users", type=User)]`.
 
     `type` and `on_invalid` are those of `Engine.scope`; `engine` is the `name` of the lifespan.
     """
@@ -50,7 +50,7 @@ def scope_of(scope: str, *, type: Any = None, on_invalid: OnInvalid = "raise", e
 
 
 class HTTPValidationError(BaseModel):
-    """What FastAPI answers to a request that does not fit the parameters of a route."""
+    """FastAPI's answer to a request that does not fit the parameters of a route."""
 
     detail: list[dict[str, Any]] = []
 
@@ -60,7 +60,7 @@ def _responses() -> dict[int | str, dict[str, Any]]:
     for kind, (status, title) in STATUSES.items():
         said = found.setdefault(status, {"description": "", "content": {MEDIA_TYPE: {"schema": SCHEMA}}})
         said["description"] += f"{', ' if said['description'] else ''}{title} (`{kind.code}`)"
-    found[422]["model"] = HTTPValidationError  # FastAPI documents its own no more, once there is another one
+    found[422]["model"] = HTTPValidationError  # FastAPI no longer documents its own once this is given
     found[503]["headers"] = {"Retry-After": {"description": "Seconds", "schema": {"type": "integer"}}}
     return found
 

@@ -5,7 +5,7 @@
     store = StateStore("./data/state")  # StateStore() is in memory, StateStore(engine) in an engine of the program
     await store.put("ada", {"name": "Ada"}, collection="users", ttl=600)
 
-Each collection is a scope, and each value is stored as it is, so triggers and the command line see it.
+Each collection is a scope, and each value is stored as it is, so triggers and the command line can read it.
 docs/how-to/caches.md has the rest.
 """
 
@@ -66,7 +66,7 @@ _AWAY: Final = (
     errors.ReplyTimeout,
     errors.StorageError,
 )
-"""What may work if it is tried again: py-key-value's `RetryWrapper` does."""
+"""Errors after which a retry may succeed: py-key-value's `RetryWrapper` retries them."""
 
 
 class StateStore(
@@ -77,13 +77,13 @@ class StateStore(
     BaseEnumerateKeysStore,
     BaseContextManagerStore,
 ):
-    """A py-key-value store in a directory, in memory, or in an engine of the program. Any thread and loop may use it.
+    """A py-key-value store in a directory, in memory, or in an engine of the program. For any thread and event loop.
 
     Its calls are those of py-key-value, and raise its errors: `SerializationError` for a value that JSON cannot hold,
-    `ValueTooLargeError`, `InvalidKeyError` for a name with half of a surrogate pair, `StoreConnectionError` if the
-    store does not work at the moment, with the error of the engine as the cause. A call of one key is one step;
-    `put_many` and `delete_many` are one for each 1,000 keys. Keys and collections are listed in the order of their
-    UTF-8 bytes.
+    `ValueTooLargeError`, `InvalidKeyError` for a name with half of a surrogate pair, and `StoreConnectionError`, with
+    the engine's error as the cause, if the store does not work at the moment. A call on one key is one step; `put_many`
+    and `delete_many` take one step for each 1,000 keys. Keys and collections are listed in the order of their UTF-8
+    bytes.
     """
 
     def __init__(
@@ -98,12 +98,12 @@ class StateStore(
     ) -> None:
         """Make a store. The first call opens the directory, which several processes may share (docs/how-to/sharing.md).
 
-        The scope of a collection is `prefix` and its name. Two stores in one place are apart if neither prefix begins
-        with the other one. `durability` is "interval", the default: a crash loses what was written in the last
-        `save_interval_ms` (1000); or "commit": each write is on disk when its call returns.
+        The scope of a collection is `prefix` and its name. Two stores in one place are separate if neither prefix
+        begins with the other. With `durability` "interval", the default, a crash loses the writes of the last
+        `save_interval_ms` (default 1000); with "commit", each write is on disk when its call returns.
 
         If a collection has more than `max_entries_per_collection`, `cull` removes the entries that were stored the
-        longest ago. The writes of this object do it by themselves, now and then. None: no limit.
+        longest ago. Writes through this object also do that from time to time. None: no limit.
         """
         if not prefix:
             raise errors.DeserializationError(
@@ -112,7 +112,7 @@ class StateStore(
         self._source = EngineSource(source, durability, save_interval_ms, self._after_fork)
         self._prefix: Final = prefix
         self._most: Final = max_entries_per_collection
-        Limits(None, max_entries_per_collection)  # refuses what is no limit
+        Limits(None, max_entries_per_collection)  # raises for an invalid limit
         self._limits: dict[str, Limits] = {}
         super().__init__(
             default_collection=default_collection,
@@ -122,11 +122,11 @@ class StateStore(
 
     @property
     def engine(self) -> Engine:
-        """The engine that has the entries, opened if it is not."""
+        """The engine that has the entries; opened if it is not open."""
         return self._source.open()
 
     async def close(self) -> None:
-        """Save and close the engine that this has opened, unless another store or cache of the process uses it.
+        """Save and close the engine that this store has opened, unless another store or cache of the process uses it.
 
         A later call opens it again. An engine of the program stays open.
         """
@@ -150,7 +150,7 @@ class StateStore(
     async def _get_managed_entries(self, *, collection: str, keys: Sequence[str]) -> list[ManagedEntry | None]:
         found: list[ManagedEntry | None] = []
         for piece in _pieces(keys):
-            # At once: in Redis, and through the owner of a directory, they go and come together.
+            # All at once: in Redis, and through the owner of a directory, they are sent and answered together.
             found += await asyncio.gather(*[self._get_managed_entry(collection=collection, key=key) for key in piece])
         return found
 
@@ -173,7 +173,7 @@ class StateStore(
         created_at: datetime,
         expires_at: datetime | None,
     ) -> None:
-        del created_at, expires_at  # the engine counts the time that is left by its own clock
+        del created_at, expires_at  # the engine computes the remaining time with its own clock
         for piece in _pieces([(key, dict(entry.value)) for key, entry in zip(keys, managed_entries, strict=True)]):
             with _their_errors(collection):
                 await self._put_piece(collection, piece, ttl)
@@ -234,13 +234,13 @@ class StateStore(
         return True
 
     async def _cull(self) -> None:
-        """Remove the oldest entries of collections with too many. What has expired is removed by the engine itself."""
+        """Remove the oldest entries of collections that have too many. The engine itself removes expired entries."""
         if self._most is not None:
             for collection in await self._get_collection_names():
                 await self._cull_collection(collection)
 
     async def _grown(self, collection: str, writes: int) -> None:
-        """Note so many writes to a collection, and look after its limit if it is time."""
+        """Note a number of writes to a collection, and enforce its limit if it is time."""
         if self._most is None:
             return
         limits, due = self._limits_of(collection), False
@@ -264,7 +264,7 @@ class StateStore(
         limits, scope, count = self._limits_of(collection), self._prefix + collection, 0
         ticket = object()
         if not limits.begin(ticket):
-            return  # another task does
+            return  # another task is doing it
         try:
             with _their_errors(collection):
                 aio, entries = await self._source.aio(), list[Sized]()
@@ -283,7 +283,7 @@ class StateStore(
         try:
             async with aio.batch(scope, **self._source.once()) as batch:
                 for revision, key, _ in entries:
-                    if revision:  # 0: where the scope is, there are none
+                    if revision:  # 0: the place where the scope is kept has no revisions
                         batch.check(key, revision=revision)
                     batch.delete(key)
         except errors.Conflict:
@@ -307,7 +307,7 @@ def _managed(entry: EntryView) -> ManagedEntry:
 
 
 def _seconds(ttl: float) -> float:
-    """Return a time to live that the engine takes: a millisecond at least."""
+    """Return a time to live that the engine accepts: at least a millisecond."""
     return max(ttl, 0.001)
 
 
@@ -318,7 +318,7 @@ def _pieces(items: Sequence[A]) -> Iterator[Sequence[A]]:
 
 @contextmanager
 def _their_errors(collection: str | None) -> Iterator[None]:
-    """Raise an error of the engine as the one of py-key-value that its users expect."""
+    """Raise an error of the engine as the py-key-value error that users of that library expect."""
     try:
         yield
     except errors.ValueTooLarge as error:

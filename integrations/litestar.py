@@ -1,11 +1,11 @@
-"""An engine in a Litestar application: a plugin opens it, gives it to handlers, and makes answers of its errors.
+"""An engine in a Litestar application: a plugin opens it, gives it to handlers, and turns its errors into answers.
 
     @get("/users/{name:str}")
     async def user(name: FromPath[str], engine: EngineDep) -> dict[str, Any]: ...
 
     app = Litestar([user], plugins=[ScopestatePlugin("engine.yaml")])
 
-docs/how-to/web-frameworks.md has all of it.
+docs/how-to/web-frameworks.md has the details.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class ScopestatePlugin(InitPlugin):
         app_config.dependencies[name] = Provide(engine)
         app_config.signature_namespace |= {"Engine": Engine, "EngineDep": EngineDep, "WatchResponse": WatchResponse}
         if self._handle_errors:
-            # Litestar has one table for errors, and for those that the application has a handler for already.
+            # Litestar has one table for all errors. Handlers that the application has already registered stay.
             app_config.exception_handlers = {ScopestateError: answer_to_error, **(app_config.exception_handlers or {})}
         return app_config
 
@@ -83,8 +83,8 @@ class ScopestatePlugin(InitPlugin):
 def answer_to_error(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
     """Answer a request that has failed with an error of the engine.
 
-    Litestar asks no such function for a WebSocket, and closes it with code 4500. Raises the error again if it is not
-    one of `STATUSES` in `scopestate.integrations.problems`: a mistake of the program is answered with status 500.
+    Litestar does not call it for a WebSocket, which it closes with code 4500. Raises the error again if it is not one
+    of `STATUSES` in `scopestate.integrations.problems`: a mistake of the program is answered with status 500.
     """
     problem = problem_of(error, f"{request.method} {request.url.path}")
     if problem is None:
@@ -101,7 +101,7 @@ class WatchResponse(Response[bytes]):
         self.stream = stream
 
     def to_asgi_response(self, app: Litestar | None, request: Request[Any, Any, Any], **given: Any) -> ASGIResponse:
-        """Return what answers the request. Litestar calls it."""
+        """Return the ASGI response to the request. Litestar calls it."""
         return _SentStream(
             self.stream,
             background=self.background or given.get("background"),
@@ -134,7 +134,7 @@ async def watch_response(
 ) -> WatchResponse:
     """Return a response that streams the changes of a scope, or of an engine, as server-sent events.
 
-    `return await watch_response(request, engine.scope("jobs"))`. `Last-Event-ID` of the request says where it goes on.
-    The rest is as in `scopestate.integrations.sse.open_stream`.
+    `return await watch_response(request, engine.scope("jobs"))`. The request's header `Last-Event-ID` says where the
+    stream continues. The rest is as in `scopestate.integrations.sse.open_stream`.
     """
     return WatchResponse(await open_stream(watched, request.headers.get("Last-Event-ID"), **options))

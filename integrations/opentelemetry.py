@@ -1,12 +1,12 @@
-"""Traces of an engine for OpenTelemetry: client spans of calls that leave the process, consumer spans of handlers.
+"""Traces of an engine for OpenTelemetry: client spans for calls that leave the process, consumer spans for handlers.
 
 Needs the extra `otel`, which is the API alone: the program chooses the SDK and its exporters.
 
     from scopestate.integrations.opentelemetry import instrument
     uninstrument = instrument(engine)
 
-Names and attributes are those of the stable semantic conventions for database clients, and of the conventions for
-messaging. No attribute has a value or a key.
+Names and attributes follow the stable semantic conventions for database clients, and the conventions for messaging. No
+attribute has a value, nor a key unless `keys=True` is given.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ log = logging.getLogger("scopestate.integrations")
 
 SCHEMA: Final = "https://opentelemetry.io/schemas/1.28.0"
 BUCKETS_S: Final = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0)
-"""Of the histogram, as the conventions advise."""
+"""Bucket boundaries of the histogram, in seconds, as the conventions advise."""
 
 
 def instrument(
@@ -51,18 +51,18 @@ def instrument(
     meter_provider: metrics.MeterProvider | None = None,
     keys: bool = False,
 ) -> Callable[[], None]:
-    """Have the calls and the handlers of an engine traced from now on; return what ends that.
+    """Trace the calls and the handlers of an engine from now on; return a function that ends that.
 
-    The providers default to the global ones. `keys`: True gives the spans of handlers the keys of their events. From
-    any thread. Raises ScopestateError if the engine is instrumented already. What a tracer, a meter or an exporter
-    raises is logged, and costs its span only.
+    The providers default to the global ones. With `keys`, the spans of handlers have the keys of their events. May be
+    called from any thread. Raises ScopestateError if the engine is already instrumented. An exception of a tracer, a
+    meter or an exporter is logged; only its span is lost.
     """
     observe(engine, _Tracer(peer_of(engine), tracer_provider, meter_provider, keys=keys))
     return partial(unobserve, engine)
 
 
 def uninstrument(engine: Engine) -> None:
-    """End what `instrument` has begun. Does nothing if the engine is not instrumented."""
+    """Undo `instrument`. Does nothing if the engine is not instrumented."""
     unobserve(engine)
 
 
@@ -92,7 +92,7 @@ class _Tracer:
 
     @contextmanager
     def call(self, operation: str, scope: str | None, place: Place) -> Iterator[None]:
-        if place == "local":  # it is a function call: the writer's own span is what its events are linked to
+        if place == "local":  # a plain function call: its events are linked to the writer's own span
             yield
             return
         counted: dict[str, Any] = {
@@ -182,7 +182,7 @@ class _Tracer:
 
 
 class _Served:
-    """The server span of one call; None if the tracer has raised."""
+    """The server span of one call; the span is None if the tracer has raised."""
 
     def __init__(self, span: Span | None) -> None:
         self._span = span
@@ -218,7 +218,7 @@ def _span_context(context: TraceContext) -> SpanContext:
 
 
 def _fail(span: Span, error: BaseException) -> None:
-    if isinstance(error, RetryLater):  # it is what the handler wants
+    if isinstance(error, RetryLater):  # the handler asks for it
         span.set_attribute("scopestate.retry_later", True)
         return
     span.set_attribute("error.type", _type_of(error))
@@ -234,7 +234,7 @@ def _type_of(error: BaseException) -> str:
 
 @contextmanager
 def _contained() -> Iterator[None]:
-    """Log what a tracer raises: it must not reach the program."""
+    """Log exceptions of a tracer: they must not reach the program."""
     try:
         yield
     except Exception:

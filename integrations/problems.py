@@ -1,6 +1,6 @@
-"""Errors of an engine as answers of an HTTP API: a status, and a body of `application/problem+json` (RFC 9457).
+"""Errors of an engine as HTTP answers: a status, and a body of `application/problem+json` (RFC 9457).
 
-`STATUSES` is the one table. The modules for Starlette, FastAPI and Litestar make exception handlers of it.
+`STATUSES` is the table of them. The modules for Starlette, FastAPI and Litestar make exception handlers of it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ log = logging.getLogger("scopestate.integrations")
 
 MEDIA_TYPE: Final = "application/problem+json"
 RETRY_AFTER_S: Final = 1
-"""What `Retry-After` says: another process takes a directory over, or Redis is back, in about that time."""
+"""Seconds in `Retry-After`: about the time in which another process takes over a directory, or Redis is back."""
 
 STATUSES: Final[Mapping[type[ScopestateError], tuple[int, str]]] = MappingProxyType(
     {
@@ -78,7 +78,7 @@ STATUSES: Final[Mapping[type[ScopestateError], tuple[int, str]]] = MappingProxyT
         EngineClosed: (503, "The service ends"),
     }
 )
-"""Status and title of each error that is an answer. Every other one is a mistake of the program: status 500."""
+"""Status and title of each error that becomes an answer. Any other error is a mistake of the program: status 500."""
 
 SCHEMA: Final[dict[str, Any]] = {
     "title": "Problem",
@@ -94,7 +94,7 @@ SCHEMA: Final[dict[str, Any]] = {
         "key": {"type": "string"},
     },
 }
-"""The JSON schema of a body. What kinds of problems have beside that is in docs/how-to/web-frameworks.md."""
+"""The JSON schema of a body. docs/how-to/web-frameworks.md has the additional members of each kind of problem."""
 
 _FACTS: Final[Mapping[type[ScopestateError], tuple[str, ...]]] = MappingProxyType(
     {
@@ -114,7 +114,7 @@ _FACTS: Final[Mapping[type[ScopestateError], tuple[str, ...]]] = MappingProxyTyp
         DeserializationError: ("path", "scope", "key", "errors"),
     }
 )
-"""Attributes of an error that its body has too, if they are there."""
+"""Attributes of errors that become members of the body, if the error has them."""
 
 
 class Problem(msgspec.Struct, frozen=True):
@@ -128,7 +128,7 @@ class Problem(msgspec.Struct, frozen=True):
     """Further members of the body, such as `scope` and `key`."""
 
     def headers(self) -> dict[str, str]:
-        """Return the headers: the media type, and with status 503 when to try again."""
+        """Return the headers: the media type, and with status 503 the time after which to try again."""
         always = {"Content-Type": MEDIA_TYPE, "Cache-Control": "no-store"}
         return always if self.status != 503 else {**always, "Retry-After": str(RETRY_AFTER_S)}
 
@@ -146,14 +146,14 @@ class Problem(msgspec.Struct, frozen=True):
 def problem_of(error: Exception, during: str = "") -> Problem | None:
     """Return the answer to an error of an engine; None if it stays an internal error, status 500.
 
-    The text of an error with status 503 names files, hosts and processes. It is logged, with `during`, such as
-    `GET /users/1`, and the answer has one that does not; `may_be_applied` says if a write may have been made all the
-    same: then it is safe to send it again with the same idempotency key only.
+    The text of an error with status 503 names files, hosts and processes. It is logged, with `during`, such as `GET
+    /users/1`, and the answer has a text without them. `may_be_applied` says whether a write may have been made
+    nevertheless: then it is only safe to send it again with the same idempotency key.
     """
     if isinstance(error, EngineForked):
-        return None  # no later request to this worker can succeed: it is not to be tried again
+        return None  # no later request to this worker can succeed, so the client must not try again
     if isinstance(error, SchemaViolation) and not error.written:
-        return None  # the client is not to blame for what is stored
+        return None  # the stored value is not the client's fault
     if isinstance(error.__cause__, RemoteFailure) and error.__cause__.code == Forbidden.code:
         error = Forbidden("the service may not do this where its state is kept")
     kind = next((kind for kind in type(error).__mro__ if kind in STATUSES), None)
@@ -174,7 +174,7 @@ def _facts_of(error: ScopestateError) -> tuple[str, ...]:
 
 
 def _may_be_applied(error: BaseException) -> bool:
-    """Return whether a write that failed so may have been made."""
+    """Return whether a write may have been made although it failed with this error."""
     if isinstance(error, ReplyTimeout):
         return True
     if isinstance(error, (CallTimeout, ConnectionLost)):
@@ -183,6 +183,6 @@ def _may_be_applied(error: BaseException) -> bool:
 
 
 def _plain(value: object) -> object:
-    """Return what JSON can hold of a fact."""
+    """Return a fact as something that JSON can hold."""
     to_json = getattr(value, "to_json", None)
     return to_json() if to_json is not None else str(value)

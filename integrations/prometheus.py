@@ -1,11 +1,11 @@
-"""The figures of engines for Prometheus: a collector that reads `stats()` when it is asked.
+"""The figures of engines for Prometheus: a collector that reads `stats()` at each scrape.
 
 Needs the extra `prometheus`.
 
     from prometheus_client import REGISTRY
     REGISTRY.register(StateCollector(engine))
 
-Nothing is counted twice and nothing runs between two scrapes. No metric has a label by scope or key.
+Nothing runs between two scrapes, and the engine's own counts are used. No metric has a label for a scope or a key.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ __all__ = ["CONTENT_TYPE", "METRICS", "StateCollector", "exposition"]
 class StateCollector(Collector):
     """Reads the figures of one engine, or of several by name: `StateCollector({"orders": one, "cache": other})`.
 
-    Each sample has the label `engine`; of one engine it is "default". An engine that is closed has `scopestate_up` 0
-    and no other sample. `consumers=False` leaves out the durable triggers, which in Redis takes a call of the server.
-    In a follower they are left out: the owner of the directory has them. A scrape never raises.
+    Each sample has the label `engine`; for a single engine it is "default". A closed engine has `scopestate_up` 0 and
+    no other sample. `consumers=False` leaves out the durable triggers, which in Redis need a call to the server. In a
+    follower they are always left out: the owner of the directory has them. A scrape never raises.
     """
 
     def __init__(self, engines: Engine | Mapping[str, Engine], *, consumers: bool = True) -> None:
@@ -46,7 +46,7 @@ class StateCollector(Collector):
 
 
 def _metric(family: Family) -> Metric:
-    """Return a metric as the library has it."""
+    """Return a metric as an object of the library."""
     if family.name.endswith("_info"):
         metric: Metric = InfoMetricFamily(family.name.removesuffix("_info"), family.text)
     elif family.counts:

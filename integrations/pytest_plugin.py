@@ -1,4 +1,4 @@
-"""The pytest plugin: fresh engines whose failed handlers fail the test, crashes, and a clock that the test moves."""
+"""The pytest plugin: new engines whose failed handlers fail the test, crashes, and a clock that the test moves."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 # pytest loads this module in every run. The engine is imported when a fixture is used.
 
 DRAIN_S: Final = 10.0
-"""How long, at the end of a test, events that were fired may take to be handled."""
+"""Seconds that the events fired by a test may take to be handled after its end."""
 LATEST: Final = 20
 """How many events a failed `wait_for` shows."""
 
 URL: Final = "SCOPESTATE_REDIS_URL"
 URL_INI: Final = "scopestate_redis_url"
-"""The variable, and the option, with the address of the server for `state_redis`."""
+"""The environment variable `URL` and the ini option `URL_INI` name the server for `state_redis`."""
 
 STARTS: Final = 3
 """Attempts to start a server: another process may take its port first."""
@@ -38,9 +38,10 @@ _opened = pytest.StashKey["Engines"]()
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
-    """Make the option known, and keep the engine as it is."""
-    # pytest rewrites the assertions in every module of a distribution that has a plugin: without a cache on the disk
-    # that takes longer than the import, and the engine under test would be another one. There is no public name.
+    """Register the option, and keep pytest from rewriting the engine."""
+    # pytest rewrites the assertions in every module of a distribution that has a plugin: without a cache on disk that
+    # takes longer than the import, and the engine under test would not be the real one. pytest has no public name for
+    # this.
     marked = getattr(getattr(pluginmanager, "rewrite_hook", None), "_must_rewrite", None)
     if isinstance(marked, set):
         marked.discard("scopestate")
@@ -50,7 +51,7 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make the marker known."""
+    """Register the marker."""
     config.addinivalue_line(
         "markers",
         "scopestate(config=None, errors='fail'): the configuration of this test's engines, a mapping or a file; "
@@ -71,7 +72,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
 
 
 def _settled(function: Callable[..., Any], engines: Engines) -> Callable[..., Any]:
-    """Return the test with a wait for what it has fired: its event loop, and that of its handlers, may end with it."""
+    """Return the test with a wait for its events at the end: its event loop, which may run handlers, ends with it."""
 
     @functools.wraps(function)
     async def run(*arguments: Any, **named: Any) -> Any:
@@ -81,7 +82,7 @@ def _settled(function: Callable[..., Any], engines: Engines) -> Callable[..., An
         try:
             asyncio.get_running_loop()
         except RuntimeError:
-            return result  # another library's, such as trio's: no handler belongs to it
+            return result  # an event loop of another library, such as trio: no handler belongs to it
         with _in_time():
             await engines.settle_on_loop(DRAIN_S)
         return result
@@ -90,7 +91,7 @@ def _settled(function: Callable[..., Any], engines: Engines) -> Callable[..., An
 
 
 class _Marked:
-    """What the marker of a test says."""
+    """The options of a test's marker."""
 
     def __init__(self, node: pytest.Item) -> None:
         marker = node.get_closest_marker("scopestate")
@@ -106,7 +107,7 @@ class _Marked:
 
 
 class StateEvents(list["StateEvent"]):
-    """The events of `state_engine`, in the order in which they came. Filled by other threads."""
+    """The events of `state_engine`, in the order in which they came. Other threads add to it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,7 +119,7 @@ class StateEvents(list["StateEvent"]):
             self._came.notify_all()
 
     def wait_for(self, wanted: Callable[[StateEvent], object], timeout: float = 10.0) -> StateEvent:
-        """Return the first event for which `wanted(event)` is true, and wait for it up to `timeout` seconds.
+        """Return the first event for which `wanted(event)` is true; wait for it up to `timeout` seconds.
 
         If none has come by then, the test fails and shows the events that came. Blocks the calling thread.
         """
@@ -147,7 +148,7 @@ class StateEvents(list["StateEvent"]):
 
 
 def _with_adapter(config: Any, name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Return a mapping of the marker with this adapter."""
+    """Return the marker's configuration, a mapping, with this adapter."""
     if config is not None and (not isinstance(config, Mapping) or "workers" in config):
         raise pytest.UsageError(
             "with a fixture that says where the state is (state_store, state_files, state_redis, state_redis_config) "
@@ -170,7 +171,7 @@ def _in_time() -> Iterator[None]:
 
 @pytest.fixture
 def state_engines(request: pytest.FixtureRequest) -> Iterator[Engines]:
-    """Opens engines on real threads: `open(config)`, `crash(engine)`; failed and unhandled events fail the test."""
+    """Open engines on real threads: `open(config)`, `crash(engine)`; failed and unhandled events fail the test."""
     from scopestate.testing import Engines, describe  # noqa: PLC0415 - see above
 
     marked = _Marked(request.node)
@@ -214,7 +215,7 @@ def state_files(request: pytest.FixtureRequest, tmp_path: os.PathLike[str]) -> d
 
 @pytest.fixture
 def state_redis_config(request: pytest.FixtureRequest, state_redis_url: str) -> Iterator[dict[str, Any]]:
-    """A configuration of an own part of the server, with shared events, to be opened by `state_engines`."""
+    """A configuration for a separate part of the server, with shared events, to be opened by `state_engines`."""
     prefix = f"test-{secrets.token_hex(8)}:"
     options = {"redis_url": state_redis_url, "key_prefix": prefix, "events": "shared"}
     yield _with_adapter(_Marked(request.node).config, "redis", options)
@@ -227,7 +228,7 @@ def state_redis_config(request: pytest.FixtureRequest, state_redis_url: str) -> 
 
 @pytest.fixture(scope="session")
 def state_redis_url(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of the server: as configured, or of one that is started, once in a run, and ended with it."""
+    """The address of the server: the configured one, or that of a server started once and stopped with the test run."""
     if importlib.util.find_spec("redis") is None:
         pytest.fail("state_redis needs redis-py: pip install 'scopestate[redis]'", pytrace=False)
     url = os.environ.get(URL) or str(pytestconfig.getini(URL_INI) or "")

@@ -1,6 +1,6 @@
 """A watch as server-sent events: an ASGI application for one request, for any framework.
 
-The modules for Starlette, FastAPI and Litestar have `watch_response`, which returns one as a response of theirs.
+The modules for Starlette, FastAPI and Litestar have `watch_response`, which returns it as one of their responses.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ log = logging.getLogger("scopestate.integrations")
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-# The four of them, for type checkers: a handle may be typed, and any type will do.
+# For type checkers there are four types; a handle may be typed, with any type.
 Watched: TypeAlias = Scope | AioScope | Engine | AioEngine
-"""What can be watched: a handle on one scope, or an engine, for many scopes."""
+"""What can be watched: a handle on one scope, or an engine for many scopes."""
 
 HEADERS: Final = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-store",
-    "X-Accel-Buffering": "no",  # nginx would keep events until it has a buffer full of them
+    "X-Accel-Buffering": "no",  # nginx would hold events back until its buffer is full
 }
 """Headers of the response."""
 
 CHUNK: Final = 64 * 1024
-"""Bytes from which on events are sent, and do not wait for others that are ready."""
+"""With this many bytes, events are sent at once instead of being joined with others that are ready."""
 LAST_WORDS_S: Final = 1.0
-"""How long the end of a response may take that is cut off: the client may have stopped to read."""
+"""Seconds that sending the end of a response that is cut off may take: the client may no longer be reading."""
 
 
 class StreamOptions(TypedDict, total=False):
@@ -60,19 +60,20 @@ class StreamOptions(TypedDict, total=False):
     key: str | None
     """Only this key."""
     prefix: str | None
-    """Only keys that begin with this."""
+    """Only keys with this prefix."""
     events: Collection[EventName] | None
-    """Only changes of these kinds; None: all. Entries of a snapshot come in any case."""
+    """Only changes of these kinds; None: all. The entries of a snapshot are always sent."""
     snapshot: bool
-    """True (default): a client that does not resume gets the entries that are there first."""
+    """True (default): a client that does not resume first gets the existing entries."""
     latest: bool
-    """True: of changes that wait for a slow client only the newest of each key is kept, so the stream never ends."""
+    """True: of the changes that wait for a slow client, only the newest of each key is kept, so the stream does not
+    end."""
     buffer: int
-    """How many changes may wait for a slow client; with more the stream ends. Default: 10,000."""
+    """How many changes may wait for a slow client; with more, the stream ends. Default: 10,000."""
 
 
 class ResponseOptions(StreamOptions, total=False):
-    """What `watch_response` of a framework takes: see `open_stream`."""
+    """The options of a framework's `watch_response`: see `open_stream`."""
 
     since: str | None
     scope_prefix: str | None
@@ -106,26 +107,28 @@ async def open_stream(
 ) -> WatchStream:
     """Begin to watch, and return the stream of server-sent events: an ASGI application that answers one request.
 
-    `watched` is a handle on a scope, or an engine for all scopes, or those with `scope_prefix`. `last_event_id` is the
-    header `Last-Event-ID` of the request: with it, the stream goes on behind that event. `since` is the same for a
-    request without the header: a cursor.
+    `watched` is a handle on a scope, or an engine for all scopes or those with `scope_prefix`. `last_event_id` is the
+    header `Last-Event-ID` of the request: with it, the stream continues after that event. `since` is a cursor that does
+    the same for a request without the header.
 
     Each change is an event `put`, `delete` or `expire`, with a JSON object as data: `scope`, `key`, `revision`, and the
-    `value` of a `put`. Its id is the cursor behind it. A snapshot begins with the event `resync` (data: `{"reason":
-    ...}`), at which a client forgets what it has; its entries are `put` events with `"initial": true`, and `synced` is
-    its end. A client that cannot go on from its id gets `resync` and a snapshot (without one if `snapshot` is false);
-    with `on_compacted="raise"` this raises Compacted or InvalidCursor instead.
+    `value` of a `put`. Its id is the cursor after the change. A snapshot begins with the event `resync` (data:
+    `{"reason":
+    ...}`), at which a client must drop its entries; the entries of the snapshot are `put` events with `"initial":
+    true`, and the event `synced` ends it. A client that cannot continue from its id gets `resync` and a snapshot (only
+    `resync` if `snapshot` is false); with `on_compacted="raise"` this raises Compacted or InvalidCursor instead.
 
-    A typed handle leaves out values as its `on_invalid` says; for one that it raises of, the log has a warning, and the
-    client gets the event `invalid` with `scope` and `key`.
+    With a typed handle, its `on_invalid` decides about values that do not fit. If it raises, a warning is logged and
+    the client gets the event `invalid` with `scope` and `key`.
 
-    `data(change)` replaces the data: a text is sent as it is, other values as JSON, and None leaves the event out. It
-    runs on the event loop. After `heartbeat_s` without an event a comment is sent, so that no proxy ends the
+    `data(change)` replaces the data: a string is sent as it is, other values as JSON, and for None the event is left
+    out. It runs on the event loop. After `heartbeat_s` without an event a comment is sent, so that no proxy ends the
     connection. `retry_ms` tells the client how long to wait before it connects again.
 
-    The stream ends when the client goes, when the engine closes, when the server is told to end (uvicorn, and
-    gunicorn's ASGI workers), and when `buffer` changes wait for a client that is too slow. All but the first are for
-    the client to connect again. Raises what a watch raises: a refusal is an answer of the API, before the stream.
+    The stream ends when the client disconnects, when the engine closes, when the server is told to end (uvicorn, and
+    gunicorn's ASGI workers), and when more than `buffer` changes wait for a slow client. Except in the first case the
+    client should connect again. Raises what a watch raises, before the stream begins, so the API can answer with the
+    error.
     """
     if not heartbeat_s > 0:
         raise DeserializationError(f"`heartbeat_s` is a number of seconds above 0, not {heartbeat_s!r:.40}")
@@ -140,7 +143,7 @@ async def open_stream(
 
 
 class WatchStream:
-    """The changes of a watch as server-sent events. `open_stream` makes it; it answers one request, as ASGI says."""
+    """The changes of a watch as server-sent events: an ASGI application for one request, made by `open_stream`."""
 
     def __init__(
         self,
@@ -160,16 +163,16 @@ class WatchStream:
         self._resync = resync
         self._changes: AioChanges
         self._reason: str | None = None
-        """Why the stream does not go on from where the client is; None: it does."""
+        """Why the stream does not continue from the client's id; None: it does."""
         self._told = ""
-        """The id that the client has."""
+        """The last id that was sent to the client."""
         self._in_snapshot = False
-        """Whether the client waits for the end of a snapshot."""
+        """True while the client waits for the end of a snapshot."""
 
     # ------------------------------------------------------------------------------------------------------- watching
 
     async def _begin(self, since: str | None) -> None:
-        """Begin to watch behind a cursor, or anew."""
+        """Begin to watch after a cursor, or anew."""
         if since is not None:
             try:
                 await self._watch(since=since)
@@ -180,7 +183,7 @@ class WatchStream:
                 await self._begin_anew("damaged" if isinstance(error, InvalidCursor) else reason)
             else:
                 self._told = since
-                # The cursor of an entry of a snapshot begins with the whole snapshot again.
+                # The cursor of a snapshot's entry starts the whole snapshot again.
                 self._reason = "within a snapshot" if self._changes.in_snapshot else None
         else:
             await self._begin_anew("begin")
@@ -201,9 +204,9 @@ class WatchStream:
             raise
 
     async def events(self) -> AsyncIterator[bytes]:
-        """Yield the stream, in pieces of whole events, as long as there are changes.
+        """Yield the stream in pieces of whole events, until the watch ends.
 
-        It takes no notice of the client and of the server: it is for a framework that does that.
+        It does not watch the client or the server: it is for a framework that does.
         """
         if self._retry_ms is not None:
             yield b"retry: %d\n\n" % self._retry_ms
@@ -215,7 +218,7 @@ class WatchStream:
                 return
             except (EngineClosed, WatchOverrun):
                 return
-            except Compacted as error:  # the rest of what was missed was removed while it was read
+            except Compacted as error:  # the rest of the missed changes was removed while they were read
                 if not self._resync:
                     return
                 self._changes.close()
@@ -225,17 +228,17 @@ class WatchStream:
                 return
 
     def _first(self) -> bytes:
-        """Return what comes before the changes."""
+        """Return the events before the first change."""
         snapshot = self._options.get("snapshot", True)
         if self._reason is None or (self._reason == "begin" and not snapshot):
             return self._mark() or b":\n\n"
-        # An empty id: a client that loses the connection within the snapshot begins with all of it again.
+        # The id is empty: a client that loses the connection within the snapshot gets all of it again.
         begins = _event("resync", msgspec.json.encode({"reason": self._reason}), "")
         self._in_snapshot = True
         return begins + self._end_of_snapshot()
 
     def _end_of_snapshot(self) -> bytes:
-        """Return the event `synced`, if the snapshot has been read to its end just now."""
+        """Return the event `synced` if the snapshot has just been read to its end."""
         if not self._in_snapshot or self._changes.in_snapshot:
             return b""
         self._in_snapshot = False
@@ -243,7 +246,7 @@ class WatchStream:
         return _event("synced", b"{}", self._told)
 
     def _mark(self) -> bytes:
-        """Return what moves the id of the client on, without an event; empty if it need not be moved."""
+        """Return an id without an event, which updates the client's id; empty if it is up to date."""
         cursor = self._changes.cursor
         if cursor == self._told or not cursor:
             return b""
@@ -271,26 +274,26 @@ class WatchStream:
                 yield piece
 
     async def _next(self, within_s: float) -> bytes:
-        """Return the event of the next change. Raises TimeoutError if there is none within so many seconds."""
+        """Return the event of the next change. Raises TimeoutError if none comes within `within_s` seconds."""
         initial = self._changes.in_snapshot
         try:
             change = await self._changes.get(within_s)
         except SchemaViolation as violation:
-            # Of a typed handle. A stream that ended here would end here again when the client has come back.
+            # From a typed handle. A stream that ended here would end here again after the client has reconnected.
             log.warning("a stream of events leaves out a value: %s", violation)
             data = msgspec.json.encode({"scope": violation.scope, "key": violation.key})
             return self._event("invalid", data, None if initial else self._changes.cursor)
         return self._event(change.kind, self._data_of(change), None if change.initial else change.cursor)
 
     def _event(self, name: str, data: bytes | None, cursor: str | None) -> bytes:
-        """Return an event, with what belongs beside it; `cursor` is None within a snapshot."""
+        """Return an event, and the end of the snapshot if it is due; `cursor` is None within a snapshot."""
         if cursor is None:
             return (b"" if data is None else _event(name, data)) + self._end_of_snapshot()
         self._told = cursor
         event = b"id: %s\n\n" % cursor.encode() if data is None else _event(name, data, cursor)
         if not self._in_snapshot:
             return event
-        self._in_snapshot = False  # its last entries were skipped by a typed handle
+        self._in_snapshot = False  # a typed handle has skipped its last entries
         return _event("synced", b"{}") + event
 
     def _data_of(self, change: Change) -> bytes | None:
@@ -319,7 +322,7 @@ class WatchStream:
         if headers is None:
             headers = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
         try:
-            with suppress(OSError):  # the client has gone: each server has its own words for it, all of this type
+            with suppress(OSError):  # the client has disconnected: each server raises its own error, all of this type
                 await send({"type": "http.response.start", "status": 200, "headers": headers})
                 if scope["method"] != "HEAD":
                     await _first_of(self._send_all(send), _client_gone(receive), server_ends())
@@ -334,7 +337,7 @@ class WatchStream:
 
 
 def _event(name: str, data: bytes, cursor: str | None = None) -> bytes:
-    """Return one event. Each line of its data is a line `data:`, however it ends."""
+    """Return one event. Each line of its data, with any line ending, becomes a line `data:`."""
     parts = [b"event: ", name.encode(), b"\n"]
     if b"\n" in data or b"\r" in data:
         data = b"\ndata: ".join(data.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n"))

@@ -1,8 +1,8 @@
-"""An engine in a Starlette application: in a request, as a stream of events, and its errors as answers.
+"""An engine in a Starlette application: its use in a request, streams of events, and its errors as answers.
 
     app = Starlette(routes=..., lifespan=lifespan("engine.yaml"), exception_handlers=exception_handlers)
 
-`lifespan` is in `scopestate.integrations.asgi`. docs/how-to/web-frameworks.md has all of it.
+`lifespan` is in `scopestate.integrations.asgi`. docs/how-to/web-frameworks.md has the details.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def engine_of(connection: HTTPConnection, name: str = "engine") -> Engine:
     """
     engine = connection.scope.get("state", {}).get(name)
     if not isinstance(engine, Engine):
-        raise RuntimeError(  # noqa: TRY004 - of the application, not of an argument
+        raise RuntimeError(  # noqa: TRY004 - a mistake of the application, not of an argument
             f"there is no engine {name!r} in the state of this request: give the application "
             "`lifespan=scopestate.integrations.asgi.lifespan(...)`, and see that the server runs lifespans (a "
             "TestClient does so in a `with` statement)"
@@ -84,7 +84,7 @@ async def watch_response(
 ) -> WatchResponse:
     """Return a response that streams the changes of a scope, or of an engine, as server-sent events.
 
-    `return await watch_response(request, engine_of(request).scope("jobs"))`. `Last-Event-ID` of the request says where
-    it goes on. The rest is as in `scopestate.integrations.sse.open_stream`.
+    `return await watch_response(request, engine_of(request).scope("jobs"))`. The request's header `Last-Event-ID` says
+    where the stream continues. The rest is as in `scopestate.integrations.sse.open_stream`.
     """
     return WatchResponse(await open_stream(watched, request.headers.get("Last-Event-ID"), **options))

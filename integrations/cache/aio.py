@@ -1,4 +1,4 @@
-"""The calls of a cache for asyncio: they wait without blocking the event loop."""
+"""The calls of a cache for asyncio, which wait without blocking the event loop."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ A = TypeVar("A")
 
 
 class AioCache:
-    """The calls of a `Cache` for asyncio, on any event loop. `cache.aio` makes it; it holds nothing of its own.
+    """The calls of a `Cache` for asyncio, on any event loop. `cache.aio` makes it; it has no state of its own.
 
-    Each call does what the one of `Cache` does. The first one opens the engine on a thread, so that the event loop goes
-    on. In the place of operators there are `contains`, `count` and `async for`. Coroutine functions are decorated by
-    `Cache.memoize`.
+    Each call does what the call of `Cache` with the same name does. The first one opens the engine on a thread, so that
+    the event loop is not blocked. Instead of operators there are `contains`, `count` and `async for`. To decorate
+    coroutine functions use `Cache.memoize`.
     """
 
     __slots__ = ("_cache", "_scope", "_source")
@@ -138,7 +138,7 @@ class AioCache:
         return taken(batch.result, default)
 
     async def contains(self, key: Any) -> bool:
-        """Return whether there is a key: `key in cache`."""
+        """Return whether a key exists: `key in cache`."""
         if (transaction := self._transaction()) is not None:
             return await transaction.contains(key)
         return await (await self._source.aio()).get(self._scope, name_of(key), ABSENT) is not ABSENT
@@ -206,7 +206,7 @@ class AioCache:
         return sum([size_of(entry) async for entry in self._entries()])
 
     async def cull(self) -> int:
-        """As `Cache.cull`. The writes of this object do it by themselves, now and then."""
+        """As `Cache.cull`. Writes through this object also do it from time to time."""
         limits, ticket = self._cache._limits, object()
         if not limits.begin(ticket):
             return 0
@@ -259,8 +259,8 @@ class AioCache:
     ) -> AioTransactionBlock | Coroutine[Any, Any, A]:
         """As `Cache.transact`: a block for `async with`, or `await` it with a coroutine function.
 
-        Blocks of tasks do not wait for one another. Of those that have read what another one has changed meanwhile, one
-        takes effect, and the others raise Conflict, or have their function called again.
+        Blocks of different tasks do not wait for one another. A block that has read something which another block has
+        changed meanwhile raises Conflict, or calls its function again.
         """
         return AioTransactionBlock(self._cache) if function is None else self._transacted(function)
 
@@ -313,7 +313,7 @@ class AioTransactionBlock(Block):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if not self._entered:  # it is a part of another one
+        if not self._entered:  # it is part of an outer block
             return
         try:
             self.transaction.ended = True
@@ -332,7 +332,7 @@ class AioTransactionBlock(Block):
 
 
 class AioCacheTransaction:
-    """What a block of `AioCache.transact` reads and writes. The calls are those of `AioCache`."""
+    """The reads and writes of a block of `AioCache.transact`. The calls are those of `AioCache`."""
 
     def __init__(self, cache: Cache, transaction: CacheTransaction) -> None:
         self._cache = cache
@@ -342,7 +342,7 @@ class AioCacheTransaction:
         return repr(self._of)
 
     async def _read(self, key: Any) -> CacheTransaction:
-        """Return the transaction, when it has seen what the cache has under a key."""
+        """Return the transaction, after it has read a key from the cache."""
         name = name_of(key)
         if self._of._must_read(name):
             entry = await (await self._cache._source.aio()).entry(self._cache.scope, name)
@@ -354,7 +354,7 @@ class AioCacheTransaction:
         return (await self._read(key)).get(key, default, expire_time=expire_time, tag=tag)
 
     async def set(self, key: Any, value: Any, expire: float | timedelta | None = None, *, tag: Any = None) -> bool:
-        """As `Cache.set`. What was there before is not read."""
+        """As `Cache.set`. The value before is not read."""
         return self._of.set(key, value, expire, tag=tag)
 
     async def add(self, key: Any, value: Any, expire: float | timedelta | None = None, *, tag: Any = None) -> bool:

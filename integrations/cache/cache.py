@@ -51,7 +51,7 @@ A = TypeVar("A")
 
 
 class Cache:
-    """Keys and values that expire, with tags and a limit of size. Any thread may use it.
+    """Keys and values that expire, with tags and a size limit. Any thread may use it.
 
     >>> from scopestate.integrations.cache import Cache
     >>> with Cache() as cache:  # in memory; Cache("./data/cache") keeps it in a directory
@@ -62,8 +62,8 @@ class Cache:
     (False, 1, 'unknown')
     {'logins': 1}
 
-    Errors of the engine reach the caller: see `Engine.get` and `Engine.set`. Beside a single step each call says how
-    many it takes.
+    Errors of the engine reach the caller: see `Engine.get` and `Engine.set`. A call is one step, unless its description
+    says otherwise.
     """
 
     def __init__(
@@ -79,9 +79,9 @@ class Cache:
     ) -> None:
         """Make a cache in a directory, in an engine of the program, or, without a source, in memory.
 
-        The first call opens the directory, which several processes may share (docs/how-to/sharing.md). `durability` is
-        "interval", the default: a crash loses what was written in the last `save_interval_ms` (1000); or "commit": each
-        write is on disk when its call returns.
+        The first call opens the directory, which several processes may share (docs/how-to/sharing.md). With
+        `durability` "interval", the default, a crash loses the writes of the last `save_interval_ms` (default 1000);
+        with "commit", each write is on disk when its call returns.
 
         If the values take more than `size_limit` bytes, or there are more than `max_entries`, the entries that were
         stored the longest ago are removed: see `cull`. None: no limit.
@@ -92,7 +92,7 @@ class Cache:
         self._counts: Counts | None = Counts() if statistics else None
         self._block: ContextVar[weakref.ref[Block] | None] = ContextVar("scopestate_cache_block", default=None)
         self._blocks: dict[int, None] = {}
-        """The ids of the open blocks of `transact`. Nearly always empty, which each call checks."""
+        """The ids of the open blocks of `transact`. Nearly always empty; each call checks that."""
         self._turns = Guard()
         """Held by the block whose turn it is."""
         self._memos: weakref.WeakSet[Memo] = weakref.WeakSet()
@@ -100,12 +100,12 @@ class Cache:
 
     @property
     def engine(self) -> Engine:
-        """The engine that has the entries, opened if it is not."""
+        """The engine that has the entries; opened if it is not open."""
         return self._source.open()
 
     @property
     def scope(self) -> str:
-        """The scope that has them."""
+        """The scope that has the entries."""
         return self._scope
 
     @property
@@ -123,8 +123,8 @@ class Cache:
     def get(self, key: Any, default: Any = None, *, expire_time: bool = False, tag: bool = False) -> Any:
         """Return a new copy of a value, or `default`.
 
-        With `expire_time` a tuple of it and the time at which it expires, in seconds since the epoch, or None; with
-        `tag` of it and its tag; with both of all three.
+        With `expire_time` it returns a tuple of the value and the time at which it expires, in seconds since the epoch,
+        or None; with `tag`, of the value and its tag; with both, of all three.
         """
         if self._blocks and (transaction := self._transaction()) is not None:
             return transaction.get(key, default, expire_time=expire_time, tag=tag)
@@ -142,10 +142,10 @@ class Cache:
         return unpack(value) if type(value) is dict and MARK in value else value
 
     def set(self, key: Any, value: Any, expire: float | timedelta | None = None, *, tag: Any = None) -> bool:
-        """Set a value, which expires in `expire` seconds; return True.
+        """Set a value that expires in `expire` seconds, or never; return True.
 
-        `tag`, of the types that keys have, names a group of entries for `evict`. Raises InvalidValue, with the path,
-        for a value that would be read back as another one: docs/how-to/caches.md says which there are.
+        `tag`, of any type that keys have, names a group of entries for `evict`. Raises InvalidValue, with the path, for
+        a value that would be read back as a different one: docs/how-to/caches.md lists them.
         """
         if self._blocks and (transaction := self._transaction()) is not None:
             return transaction.set(key, value, expire, tag=tag)
@@ -159,7 +159,7 @@ class Cache:
         return True
 
     def set_many(self, values: Mapping[Any, Any], expire: float | timedelta | None = None, *, tag: Any = None) -> None:
-        """Set many values, 500 in a step, which is made whole or not at all. Not within `transact`."""
+        """Set many values, 500 in each step, which writes all of them or none. Not within `transact`."""
         group, options = None if tag is None else name_of(tag), deadline(expire)
         source, sizes = self._source, list[int]()
         packed = [(name_of(key), pack(value, group)) for key, value in values.items()]
@@ -177,20 +177,20 @@ class Cache:
             self._grown(size)
 
     def delete_many(self, keys: Iterable[Any]) -> None:
-        """Remove many keys, 500 in a step. Not within `transact`."""
+        """Remove many keys, 500 in each step. Not within `transact`."""
         for piece in pieces([name_of(key) for key in keys]):
             with self._source.engine.batch(self._scope, **self._source.once()) as batch:
                 for name in piece:
                     batch.delete(name)
 
     def add(self, key: Any, value: Any, expire: float | timedelta | None = None, *, tag: Any = None) -> bool:
-        """Set a value if there is no such key; return whether it was set. One step, whichever processes try."""
+        """Set a value if the key does not exist; return whether it was set. One step, also between processes."""
         if self._blocks and (transaction := self._transaction()) is not None:
             return transaction.add(key, value, expire, tag=tag)
         name = name_of(key)
         engine = self._source.engine
         if engine.get(self._scope, name, ABSENT) is not ABSENT:
-            return False  # refusing it takes longer than looking
+            return False  # a refused write takes longer than this look
         stored = pack(value, None if tag is None else name_of(tag))
         try:
             result = engine.set(self._scope, name, stored, if_absent=True, **deadline(expire), **self._source.once())
@@ -200,10 +200,10 @@ class Cache:
         return True
 
     def incr(self, key: Any, delta: float = 1, default: float | None = 0) -> Any:
-        """Add `delta` to a number in one step, and return the new one. A key that does not exist has `default`.
+        """Add `delta` to a number in one step, and return the sum. A key that does not exist counts as `default`.
 
-        Its deadline and tag stay. Raises KeyError if there is no such key and `default` is None, and TypeError for a
-        value that is no number.
+        The deadline and the tag stay. Raises KeyError if the key does not exist and `default` is None, and TypeError
+        for a value that is not a number.
         """
         if self._blocks and (transaction := self._transaction()) is not None:
             return transaction.incr(key, delta, default)
@@ -233,7 +233,7 @@ class Cache:
                 return with_facts(facts_of(entry), default, expire_time=expire_time, tag=tag)
 
     def touch(self, key: Any, expire: float | timedelta | None = None) -> bool:
-        """Have a key expire in `expire` seconds from now, or never; return whether it exists."""
+        """Make a key expire in `expire` seconds from now, or never; return whether it exists."""
         if self._blocks and (transaction := self._transaction()) is not None:
             return transaction.touch(key, expire)
         asked = deadline(expire) or {"ttl": None}
@@ -246,7 +246,7 @@ class Cache:
         return self._taken(name_of(key), ABSENT) is not ABSENT
 
     def _taken(self, name: str, default: Any) -> Any:
-        """Remove a key and return its value, or `default`. Not by `Engine.delete`, which fires an event in any case."""
+        """Remove a key and return its value, or `default`. `Engine.delete` would fire an event even without a key."""
         with self._source.engine.batch(self._scope, **self._source.once()) as batch:
             batch.delete(name)
         return taken(batch.result, default)
@@ -272,18 +272,18 @@ class Cache:
     # ------------------------------------------------------------------------------------------------- all entries
 
     def __len__(self) -> int:
-        """Return how many entries there are. Those that have expired do not count."""
+        """Return how many entries there are, without those that have expired."""
         return self._source.engine.count(self._scope)
 
     def __iter__(self) -> Iterator[Any]:
-        """Iterate over the keys, in the order of their text. It reads them in pages."""
+        """Iterate over the keys, in the order of their text. They are read in pages."""
         return self.iterkeys()
 
     def __reversed__(self) -> Iterator[Any]:
         return self.iterkeys(reverse=True)
 
     def iterkeys(self, reverse: bool = False) -> Iterator[Any]:
-        """Iterate over the keys in the order of their text, with `reverse` from the last one on."""
+        """Iterate over the keys in the order of their text; with `reverse`, from the last one."""
         for entry in self._entries(reverse=reverse):
             yield key_of(entry.key)
 
@@ -296,27 +296,27 @@ class Cache:
         return self._source.engine.delete_range(self._scope, prefix="", **self._source.once())
 
     def evict(self, tag: Any) -> int:
-        """Remove the entries with a tag, in steps; return how many. It looks at each entry of the cache."""
+        """Remove the entries with a tag, in steps; return how many. This reads every entry of the cache."""
         return self._remove_where(has_tag(name_of(tag)))
 
     def expire(self, now: float | None = None) -> int:
-        """Remove the entries that expire until `now`, in seconds since the epoch; return how many.
+        """Remove the entries that expire by `now`, in seconds since the epoch; return how many.
 
-        Without `now` there is nothing to do: the engine removes what has expired by itself.
+        Without `now` there is nothing to do: the engine itself removes expired entries.
         """
         if now is None:
             return 0
         return self._remove_where(expires_until(now))
 
     def volume(self) -> int:
-        """Return about how many bytes the entries take. It looks at each of them."""
+        """Return about how many bytes the entries take. This reads every entry."""
         return sum(map(size_of, self._entries()))
 
     def cull(self) -> int:
-        """Remove entries until the limits hold, the ones first that were stored the longest ago; return how many.
+        """Remove the entries stored the longest ago until the limits hold; return how many.
 
-        Down to nine tenths of a limit, so that it is not needed again soon. The writes of this object do it by
-        themselves, now and then: there may be more for a while, at most by a quarter of the limit for each process.
+        It removes down to nine tenths of a limit, so that it is not needed again soon. Writes through this object also
+        do it from time to time: in between, each process may exceed a limit by up to a quarter.
         """
         ticket = object()
         try:
@@ -341,7 +341,7 @@ class Cache:
             limits.end(count, size)
 
     def is_grown(self, size: int) -> bool:
-        """Note a write of so many bytes; return whether it is time for `cull`. For writes that go by the engine."""
+        """Note a write of `size` bytes; return whether it is time for `cull`. For writes made through the engine."""
         return self._limits.written(size)
 
     def _grown(self, size: int) -> None:
@@ -370,7 +370,7 @@ class Cache:
             return 0 if len(entries) == 1 else sum([self._remove([entry]) for entry in entries])
 
     def stats(self, enable: bool = True, reset: bool = False) -> CacheStats:
-        """Return hits and misses of `get` since they were counted, begin or end to count them, and set them to 0."""
+        """Return the counted hits and misses of `get`; start or stop counting, and reset the counts, as asked."""
         found = CacheStats(0, 0) if self._counts is None else self._counts.read(reset=reset)
         if not enable:
             self._counts = None
@@ -391,16 +391,17 @@ class Cache:
         lease: float = 60,
         early: float = 0,
     ) -> Memoize:
-        """Decorate a function, plain or `async`: its results are kept, each for `expire` seconds.
+        """Decorate a function, plain or `async`, so that each of its results is kept for `expire` seconds.
 
-        While one call computes a result, others with the same arguments wait for it: of other threads and tasks, and of
-        other processes with the same directory or Redis. A process that computes holds a lease of `lease` seconds, in
-        the scope with ":leases" behind the name; behind that, another one computes it too. An exception is not kept: it
-        reaches the callers that wait in this process too.
+        While one call computes a result, other calls with the same arguments wait for it: on other threads and tasks,
+        and in other processes with the same directory or Redis. The computing process holds a lease of `lease` seconds,
+        in the scope named as this one with ":leases" appended; when it has run out, another process computes the result
+        too. An exception is not kept; it also reaches the callers that wait in this process.
 
-        `name` is that of the function, by default with its module. `ignore`: places and names of arguments that do not
-        matter. `key(*args, **kwargs)` returns the key of a call, for arguments that no cache holds. `early`, such as 1:
-        compute a result anew before it expires, at a random time, sooner the longer computing it takes; needs `expire`.
+        `name` replaces the function's module and name in keys. `ignore` has positions and names of arguments that do
+        not matter. `key(*args, **kwargs)` returns the key of a call, for arguments that a cache cannot hold. With
+        `early`, such as 1, a result is computed anew at a random time before it expires, sooner the longer computing
+        takes; this needs `expire`.
 
         `function.__cache_key__(...)` returns the key of a call in the cache; `function.__wrapped__` is the function.
         """
@@ -417,13 +418,14 @@ class Cache:
     def transact(self, function: Callable[[], A]) -> A: ...
 
     def transact(self, function: Callable[[], A] | None = None) -> TransactionBlock | A:
-        """Return a block for `with`, in which the calls of this thread or task take effect at its end: all, or none.
+        """Return a block for `with`: the calls of this thread or task in it take effect at its end, all or none.
 
         Within it `get`, `set`, `add`, `incr`, `decr`, `pop`, `touch`, `delete` and the operators read what the block
         has written. If the block raises, nothing is written. Blocks of this object's threads wait for one another. If
-        another call has changed meanwhile what the block has read, its end raises Conflict, and nothing is written.
+        another call has meanwhile changed something that the block has read, the end of the block raises Conflict, and
+        nothing is written.
 
-        With a function: it is called in such a block, again after a Conflict, and what it returns is returned.
+        With a function, call it in such a block, again after each Conflict, and return its result.
         """
         if function is None:
             return TransactionBlock(self)
@@ -443,7 +445,7 @@ class Cache:
         return None if block is None or block.transaction.ended else block.transaction
 
     def _after_fork(self) -> None:
-        """In a forked child: wait for nothing that a thread of the parent was doing."""
+        """Reset, in a forked child, what threads of the parent were doing."""
         self._turns = Guard()
         self._limits.forget()
         if self._counts is not None:
@@ -454,7 +456,7 @@ class Cache:
     # ----------------------------------------------------------------------------------------------------- the end
 
     def close(self) -> None:
-        """Save and close the engine that this has opened, unless another cache of the process uses it.
+        """Save and close the engine that this cache has opened, unless another cache of the process uses it.
 
         A later call opens it again. An engine of the program stays open.
         """

@@ -1,4 +1,4 @@
-"""Reads directories of diskcache: without unpickling anything, and without changing anything.
+"""Read directories of diskcache, without unpickling or changing anything.
 
 The tables are those of diskcache 5. A row has its key and value as SQLite has them, as a pickle, or in a file.
 """
@@ -20,18 +20,18 @@ from scopestate.errors import StoreUnusable
 
 DATABASE: Final = "cache.db"
 _ROWS: Final = 200
-"""Rows of one query. Each is ended at once, so that a program that uses the directory can clean up its log."""
+"""Rows of one query. Each query ends at once, so that a program that uses the directory can clean up its log."""
 _LARGEST: Final = 2**30
-"""Bytes of a value that are read."""
+"""Largest value that is read, in bytes."""
 _RAW, _BINARY, _TEXT, _PICKLE = 1, 2, 3, 4
 
 
 class Unreadable(Exception):
-    """A key or value that is not carried. `args[0]` is the reason, one of those that `Report` counts."""
+    """A key or value that is not imported. `args[0]` is the reason, one of those that `Report` counts."""
 
 
 class _NotUtf8(NamedTuple):
-    """Text of the database that is no text."""
+    """Text in the database that is not UTF-8."""
 
     data: bytes
 
@@ -60,7 +60,7 @@ FROM Cache WHERE rowid > ? ORDER BY rowid LIMIT ?
 
 
 def databases(directory: str | os.PathLike[str]) -> list[str]:
-    """Return the directories that have a database: this one, or the shards of a FanoutCache. Raises StoreUnusable."""
+    """Return the directories with a database: this one, or the shards of a FanoutCache. Raises StoreUnusable."""
     top = os.path.abspath(os.path.expanduser(os.fspath(directory)))
     if os.path.isfile(os.path.join(top, DATABASE)):
         return [top]
@@ -83,9 +83,10 @@ class Database:
         self._json = self._compressed_json()
 
     def _connect(self) -> tuple[sqlite3.Connection, tuple[int, ...] | None]:
-        """Open the database for reading, and return what the file looks like if no program is using it.
+        """Open the database for reading. Also return the state of its file if no program is using it, else None.
 
-        If none is, SQLite is told that the file does not change: otherwise it would create a log beside it.
+        If no program is using it, SQLite is told that the file does not change: otherwise it would create a log beside
+        it.
         """
         before = self._looks()
         mode = "mode=ro" if before is None else "mode=ro&immutable=1"
@@ -110,7 +111,7 @@ class Database:
                 while True:
                     found = [Row(*columns) for columns in connection.execute(_SELECT, (last, _ROWS))]
                     if before is not None and self._looks() != before:
-                        break  # a program has begun to use it: what was read may be of two moments
+                        break  # a program has begun to use it: the rows read may be of two moments
                     yield from found
                     if len(found) < _ROWS:
                         return
@@ -123,7 +124,7 @@ class Database:
             return int(connection.execute("SELECT count(*) FROM Cache").fetchone()[0])
 
     def _compressed_json(self) -> bool:
-        """Return whether the directory was written with diskcache's JSONDisk: nothing but the keys shows it."""
+        """Return whether the directory was written with diskcache's JSONDisk, which only the keys show."""
         try:
             connection, _ = self._connect()
             with closing(connection):
@@ -171,7 +172,7 @@ class Database:
         return found
 
     def _read(self, row: Row) -> Any:
-        """Return what the file of a value holds. A name that leads out of the directory is not followed."""
+        """Return the content of a value's file. A name that leads out of the directory is not followed."""
         file = os.path.join(self.directory, row.filename)
         if os.path.isabs(row.filename) or os.path.realpath(file) != os.path.join(
             os.path.realpath(self.directory), os.path.normpath(row.filename)
@@ -197,7 +198,7 @@ class Database:
 
 
 def _of_json(data: Any) -> Any:
-    """Return what JSONDisk has compressed."""
+    """Return the JSON data that JSONDisk has compressed."""
     try:
         decompressor = zlib.decompressobj()
         text = decompressor.decompress(data, _LARGEST)
@@ -209,7 +210,7 @@ def _of_json(data: Any) -> Any:
 
 
 def _without_waiting(file: str, flags: int) -> int:
-    """Open a file, but not a pipe, which would wait for its writer."""
+    """Open a file without blocking: opening a pipe would wait for its writer."""
     return os.open(file, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0))
 
 
@@ -221,5 +222,5 @@ def _text(data: bytes) -> str | _NotUtf8:
 
 
 def _hashable(key: Any) -> Any:
-    """Return a key of JSONDisk, which made a list of a tuple, as it was."""
+    """Return the original key: JSONDisk has turned tuples into lists."""
     return tuple(map(_hashable, key)) if isinstance(key, list) else key

@@ -19,10 +19,10 @@ Durability = Literal["interval", "commit"]
 
 
 class EngineSource:
-    """Where a cache has its engine from: a directory, the memory of the process, or the program's own engine.
+    """Where a cache gets its engine from: a directory, the memory of the process, or the program's own engine.
 
-    `engine` is the engine, or an object that opens it at the first use of an attribute: at first, after `close`, and in
-    a forked child. So a hot call pays for none of this.
+    `engine` is the engine, or an object that opens it when an attribute is first used: in the beginning, after `close`,
+    and in a forked child. So an ordinary call needs no check.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class EngineSource:
         else:
             path = os.path.realpath(os.path.expandvars(os.path.expanduser(os.fspath(given))))
             self._options |= {"store_method": "file_based", "file_path": path}
-        self.engine = _OpensIt(self)  # type: ignore[assignment]  # it passes on what it is asked for
+        self.engine = _OpensIt(self)  # type: ignore[assignment]  # it has the engine's attributes
         _sources.add(self)
 
     @property
@@ -66,7 +66,7 @@ class EngineSource:
 
     @exclusive
     def open(self) -> Engine:
-        """Return the engine, opened if it is not. Raises ConfigError and StorageError."""
+        """Return the engine; open it if necessary. Raises ConfigError and StorageError."""
         if self._opened is None:
             if isinstance(self.given, Engine):
                 return self.given
@@ -75,33 +75,33 @@ class EngineSource:
         return self.engine
 
     async def aio(self) -> AioEngine:
-        """Return the engine for asyncio. It is opened on a thread: at first, after `close`, and in a forked child."""
+        """Return the engine for asyncio, opened on a thread: in the beginning, after `close`, and in a forked child."""
         engine: object = self.engine
         if isinstance(engine, Engine):
             return engine.aio
         import asyncio  # noqa: PLC0415 - takes 20 ms
 
-        # Not by use of that object: it would open the engine here, on the event loop.
+        # Not by an attribute of that object, which would open the engine here, on the event loop.
         return (await asyncio.to_thread(self.open)).aio
 
     def once(self) -> dict[str, Any]:
         """Return an option for one write: in a follower an idempotency key, otherwise nothing.
 
-        With it a write that is under way when the owner of the directory is killed is sent again, to the next owner. It
-        has its price, as the owner keeps the answer: so not where no connection can be lost, and not in Redis.
+        With the key, a write in flight when the owner of the directory is killed is sent again to the next owner. As
+        this makes the owner keep the answer, it is used only where a connection can be lost, and not in Redis.
         """
         sharing = self.engine._parts.sharing
         return {"idempotency_key": secrets.token_hex(16)} if sharing is not None and sharing.follows else {}
 
     @exclusive
     def enter(self) -> None:
-        """Begin a `with` block."""
+        """Enter a `with` block."""
         self._entered += 1
         self.open()
 
     @exclusive
     def leave(self) -> None:
-        """End a `with` block: the last one that ends closes the engine."""
+        """Leave a `with` block: the end of the last open one closes the engine."""
         self._entered -= 1
         if self._entered == 0:
             self.close()
@@ -116,7 +116,7 @@ class EngineSource:
                 opened.engine.close()
 
     def forget(self) -> None:
-        """In a forked child: leave the engine to the parent, and what its threads hold."""
+        """In a forked child: leave the engine, and what its threads hold, to the parent."""
         self._exclusive = Guard()
         self._after_fork()
         if self._opened is not None:
@@ -126,7 +126,7 @@ class EngineSource:
 
 
 class _OpensIt:
-    """In the place of an engine: opens it when it is used."""
+    """Stands in for an engine, and opens it when it is used."""
 
     def __init__(self, source: EngineSource) -> None:
         self._source = source
@@ -136,7 +136,7 @@ class _OpensIt:
 
 
 class _Opened:
-    """An engine that caches of this process use together."""
+    """An engine that several caches of this process share."""
 
     def __init__(self, engine: Engine, options: dict[str, Any]) -> None:
         self.engine = engine
@@ -166,7 +166,7 @@ def _acquire(source: EngineSource, options: dict[str, Any]) -> _Opened:
 
 
 def _release(source: EngineSource, opened: _Opened) -> bool:
-    """Note that a source uses an engine no longer; return whether it was the last one."""
+    """Note that a source no longer uses an engine; return whether it was the last one."""
     opened.users.discard(source)
     if opened.users:
         return False

@@ -1,4 +1,4 @@
-"""Carries the entries of a diskcache directory into a cache. Nothing is unpickled: what is a pickle is counted.
+"""Import the entries of a diskcache directory into a cache. Nothing is unpickled: pickles are only counted.
 
 from scopestate.integrations.cache import Cache
 from scopestate.integrations.cache.from_diskcache import import_diskcache
@@ -34,7 +34,7 @@ _YEAR_9999_S: Final = 253_402_300_799
 
 
 class LeftOut(msgspec.Struct, frozen=True):
-    """An entry that was not carried."""
+    """An entry that was not imported."""
 
     database: str
     """The directory of its database."""
@@ -45,22 +45,22 @@ class LeftOut(msgspec.Struct, frozen=True):
     key: Any = None
     """None if it is a pickle, or damaged."""
     bytes: int = 0
-    """The size of its value, as far as it is known."""
+    """The size of its value, or 0 if unknown."""
 
 
 class Report(msgspec.Struct):
-    """What an import has done, and what it has left out."""
+    """The result of an import: what was imported, and what was left out."""
 
     read: int = 0
     """Entries found."""
     imported: int = 0
-    """Of them: written. With `dry_run`: those that would be, if the cache has none of them."""
+    """Entries written. With `dry_run`: those that would be written into an empty cache."""
     present: int = 0
-    """Already in the cache, which were left as they are."""
+    """Entries that were already in the cache, and were left as they are."""
     expired: int = 0
-    """Had expired."""
+    """Entries that had expired."""
     pickled_keys: int = 0
-    """The key is a pickle, as of each result of diskcache's `memoize`."""
+    """The key is a pickle, as for each result of diskcache's `memoize`."""
     pickled_values: int = 0
     """The value is a pickle."""
     missing_files: int = 0
@@ -68,9 +68,9 @@ class Report(msgspec.Struct):
     damaged: int = 0
     """Not what diskcache writes: text that is not UTF-8, a file outside of the directory, a bad compression."""
     refused: int = 0
-    """The cache takes no such key or value: it is over `max_value_bytes`, or text that is no Unicode."""
+    """The cache refuses the key or value: it is over `max_value_bytes`, or is text that is not valid Unicode."""
     changed: int = 0
-    """Removed by the program that uses the directory, while it was read."""
+    """Removed by the program that uses the directory while it was being read."""
     problems: list[str] = []
     """Databases that could not be read to their end, with the reason."""
 
@@ -98,15 +98,15 @@ def import_diskcache(
     left_out: Callable[[LeftOut], object] | None = None,
     progress: Callable[[Report], object] | None = None,
 ) -> Report:
-    """Copy what a directory of diskcache holds, or each shard of a FanoutCache, with deadlines and tags.
+    """Copy the entries of a diskcache directory, or of each shard of a FanoutCache, with deadlines and tags.
 
-    Numbers, text and bytes are carried, whether in the database or in files of their own; of JSONDisk all values.
-    Pickles are not loaded. The directory is not changed, and a program may be using it. An entry that the cache has
-    already is left as it is, unless `overwrite`: so an import that was interrupted is simply repeated.
+    Numbers, text and bytes are imported, whether they are in the database or in separate files; with JSONDisk, all
+    values are. Pickles are not loaded. The directory is not changed, and a program may be using it. Entries that the
+    cache already has are left as they are, unless `overwrite` is true: so an interrupted import can be repeated.
 
-    `left_out` is called for each entry that was not carried, and `progress` after each step of at most 200 entries.
+    `left_out` is called for each entry that was not imported, and `progress` after each step of at most 200 entries.
     `dry_run` writes nothing. Raises StoreUnusable if there is no such directory, and what the engine raises; then the
-    steps before are written. A cache with a `size_limit` removes the oldest entries as ever.
+    earlier steps are written. A cache with a `size_limit` removes its oldest entries as usual.
     """
     report = Report()
     importing = _Import(cache, report, left_out, overwrite=overwrite, dry_run=dry_run)
@@ -184,7 +184,7 @@ class _Import:
         return _Entry(row, key, name, stored, None if at is None else datetime.fromtimestamp(at, UTC), size)
 
     def write(self) -> None:
-        """Write what was collected. What the cache refuses because of its size is left out."""
+        """Write the collected entries. Entries that are too large for the cache are left out."""
         step, self._step, self._bytes = self._step, [], 0
         if not step or self._dry_run:
             self._report.imported += len(step)
@@ -204,9 +204,9 @@ class _Import:
             self._leave_out(entry.row, entry.key, "present")
 
     def _write(self, step: list[_Entry]) -> list[_Entry]:
-        """Write entries in one step, and return those that are there already."""
+        """Write entries in one step, and return those that already existed."""
         cache = self._cache
-        if len(step) == 1:  # it may be larger than a transaction may be
+        if len(step) == 1:  # a single entry may exceed the limit of a transaction
             return [] if self._write_one(step[0]) else step
 
         def write(tx: Transaction[Any]) -> list[_Entry]:

@@ -1,4 +1,4 @@
-"""How much a cache may hold, and how often it has found what it was asked for."""
+"""The limits of a cache, and its counts of hits and misses."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from scopestate.errors import DeserializationError
 from scopestate.signals import Guard, exclusive
 
 ENTRY_BYTES: Final = 100
-"""What an entry counts beside its key and value."""
+"""Bytes counted for an entry in addition to its key and value."""
 PAGE: Final = 500
-"""Keys that one step of a walk over a cache looks at, or removes."""
+"""Keys that one step of a walk over a cache reads or removes."""
 _WALK: Final = "walk"
 _GOAL: Final = 0.9
-"""How full a cache is after it was culled."""
+"""How full a cache is after culling, as a part of its limit."""
 
 Sized = tuple[int, str, int]
 """Revision, key and bytes of an entry. The lowest revision was stored the longest ago."""
 
 
 class Limits:
-    """The limits of a cache, and when it must be looked at whether they hold.
+    """The limits of a cache, and when to check them.
 
-    Looking takes a walk over all entries. So the writes are counted, and it is done when they might have filled the
-    cache: after an eighth of a limit at the latest, because other processes write too. The counts need no lock: a
-    write that another thread's hides makes the next look a little later.
+    A check reads all entries. So writes are counted, and the check is made when they might have filled the cache: after
+    an eighth of a limit at the latest, because other processes write too. The counts need no lock: if one of two
+    concurrent writes is not counted, the next check comes a little later.
     """
 
     def __init__(self, size_limit: int | None, max_entries: int | None) -> None:
@@ -37,30 +37,30 @@ class Limits:
         self._entries = math.inf if max_entries is None else max_entries
         self._bounded = size_limit is not None or max_entries is not None
         self._walk: dict[str, object] = {}
-        """The ticket of the walk that is under way."""
+        """The ticket of the current walk."""
         self._bytes_left = self._entries_left = 0.0
         self.end(0, 0)
 
     def written(self, size: int) -> bool:
-        """Note a write of so many bytes; return whether it is time to look."""
+        """Note a write of `size` bytes; return whether it is time for a check."""
         self._bytes_left -= size + ENTRY_BYTES
         self._entries_left -= 1
         return self._bytes_left < 0 or self._entries_left < 0
 
     def begin(self, ticket: object) -> bool:
-        """Begin to look. False: another thread or task does, or there is no limit.
+        """Begin a check. Returns False if another thread or task makes one, or if there is no limit.
 
-        The caller ends it by `release`, with the same object, also if this raises what a signal handler has raised.
+        The caller ends it with `release` and the same ticket, even if this raises the exception of a signal handler.
         """
         return self._bounded and self._walk.setdefault(_WALK, ticket) is ticket
 
     def release(self, ticket: object) -> None:
-        """End what `begin` has begun with this ticket. As often as it takes: see `certainly`."""
+        """End the check that `begin` started with this ticket. May be repeated: see `certainly`."""
         if self._walk.get(_WALK) is ticket:
             del self._walk[_WALK]
 
     def end(self, count: int, size: int) -> None:
-        """Note how many entries and bytes there are behind a walk."""
+        """Note how many entries and bytes there are after a walk."""
         self._bytes_left = _pause(self._bytes, size)
         self._entries_left = _pause(self._entries, count)
 
@@ -69,7 +69,7 @@ class Limits:
         self._walk = {}
 
     def surplus(self, entries: list[Sized]) -> Iterator[list[Sized]]:
-        """Yield the entries to remove, in pieces of a page; none if the limits hold."""
+        """Yield the entries to remove, a page at a time; nothing if the limits hold."""
         count, size = len(entries), sum([one[2] for one in entries])
         if count <= self._entries and size <= self._bytes:
             return
@@ -91,7 +91,7 @@ def _pause(limit: float, held: float) -> float:
 
 
 class CacheStats(NamedTuple):
-    """How often `get` has found a key, and how often not, in this object since it was counted or reset."""
+    """How often `get` of this object has found a key or not, since counting began or was reset."""
 
     hits: int
     misses: int
@@ -121,5 +121,5 @@ class Counts:
         return found
 
     def forget(self) -> None:
-        """In a forked child: wait for no thread of the parent."""
+        """In a forked child: do not wait for threads of the parent."""
         self._exclusive = Guard()

@@ -1,4 +1,4 @@
-"""Functions whose results are kept, each computed by one caller at once."""
+"""Functions whose results are kept; each result is computed by one caller at a time."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ log = logging.getLogger("scopestate.integrations")
 
 FIRST_PAUSE_S: Final = 0.005
 LONGEST_PAUSE_S: Final = 0.1
-"""Between two looks whether another process has computed a result."""
+"""Longest pause, in seconds, between two looks for the result of another process."""
 NO_LEASE: Final = 0
-"""In the place of a lease where the backend has no conditional writes: only this process keeps to one computation."""
+"""Used as the lease if the backend has no conditional writes: then only this process is limited to one computation."""
 
 
 class Outcome(NamedTuple):
-    """How a computation has ended. Neither: it was given up, or another process has the result."""
+    """How a computation has ended. Without a value or an error, it was given up, or another process has the result."""
 
     stored: bytes | None = None
     """What was stored, as JSON."""
@@ -75,7 +75,7 @@ class Computation:
         """The thread or task that computes."""
         self.outcome: Outcome = Outcome()
         self.ended: Future[Outcome] = Future()
-        self.ended.set_running_or_notify_cancel()  # a task that waits and is cancelled must not cancel it
+        self.ended.set_running_or_notify_cancel()  # a waiting task that is cancelled must not cancel it
 
     def told(self) -> Any:
         """Return the result, or raise its error; ABSENT if there is neither."""
@@ -86,7 +86,7 @@ class Computation:
 
 
 class Memoized(Protocol[P, R]):
-    """A function whose results are kept. Called as the function is, and a method where that is one."""
+    """A function whose results are kept. It is called like the function, and may be a method."""
 
     __wrapped__: Callable[P, R]
     """The function itself."""
@@ -129,7 +129,7 @@ class Memoize:
         self._early = early
 
     def __call__(self, function: Callable[P, R]) -> Memoized[P, R]:
-        """Return the function with results that are kept."""
+        """Return a function that calls `function` and keeps its results."""
         base = self._base(function)
         memo = Memo(self._cache, function, self._options, self._tag, self._lease, self._early)
         key_of_call = self._key_of_call(base)
@@ -150,7 +150,7 @@ class Memoize:
         name = self._name
         if name is None:
             name = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', class_name(function))}"
-        # What follows is JSON and begins with one of the two: so different calls have different keys.
+        # The rest of a key is JSON and begins with one of these two, so different calls have different keys.
         if name.startswith(MARK) or "[" in name or "{" in name:
             raise DeserializationError(
                 f"the name of a memoized function has no [ or {{, and no ~ at its start: {name!r}"
@@ -194,7 +194,7 @@ class Memo:
         self.lease_s = lease_s
         self.early = early
         self.running: dict[str, Computation] = {}
-        """Key -> the computation that this process makes of it."""
+        """Key -> its computation in this process."""
         self._tag = tag
         cache._memos.add(self)
 
@@ -212,7 +212,7 @@ class Memo:
         return {**self.options, **self.once()}
 
     def packed(self, result: Any, began: float) -> Any:
-        """Return what is stored for a result. Raises InvalidValue."""
+        """Return the JSON data to store for a result. Raises InvalidValue."""
         return pack(result, self._tag, time.perf_counter() - began if self.early else None)
 
     def kept(self, mine: Computation, result: SetResult) -> None:
@@ -221,19 +221,20 @@ class Memo:
         self.cache._grown(len(result.new_json))
 
     def give_up(self, name: str, other: Computation) -> None:
-        """Wait no longer for a computation: it takes longer than a lease, or a signal has ended its thread."""
+        """Stop waiting for a computation that takes longer than a lease, or whose thread a signal has ended."""
         if self.running.get(name) is other:
             self.running.pop(name, None)
 
     def end(self, name: str, mine: Computation) -> None:
-        """End a computation, and tell those that wait for it."""
+        """End a computation, and wake the callers that wait for it."""
         self.give_up(name, mine)
         mine.ended.set_result(mine.outcome)
 
     def is_early(self, took_s: float, left_s: float | None) -> bool:
         """Decide by chance whether a result is computed anew before it expires.
 
-        As in Vattani, Chierichetti and Lowenstein, "Optimal Probabilistic Cache Stampede Prevention" (2015).
+        The method is that of Vattani, Chierichetti and Lowenstein, "Optimal Probabilistic Cache Stampede Prevention"
+        (2015).
         """
         return left_s is not None and -math.log(1.0 - random.random()) * took_s * self.early >= left_s
 
@@ -264,7 +265,7 @@ def _decorated(memo: Memo, key_of_call: Callable[[tuple[Any, ...], dict[str, Any
 
 
 class _Computing:
-    """Computes results on the threads of callers."""
+    """Computes results on the callers' threads."""
 
     def __init__(self, memo: Memo) -> None:
         self._memo = memo
@@ -275,7 +276,7 @@ class _Computing:
         until = time.monotonic() + memo.lease_s
         mine = Computation(me)
         while (other := memo.running.setdefault(name, mine)) is not mine:
-            if other.owner == me:  # a function that has called itself with the same arguments
+            if other.owner == me:  # the function has called itself with the same arguments
                 return memo.function(*args, **kwargs)
             try:
                 other.ended.result(max(0.0, until - time.monotonic()))
@@ -296,7 +297,7 @@ class _Computing:
             self._give_back(name, lease)
 
     def renewed(self, name: str, stored: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Compute a result anew that will expire. If another caller does, or it fails, return the one that is there."""
+        """Compute a result anew before it expires. If another caller does so, or it fails, return the stored one."""
         memo, mine = self._memo, Computation(threading.get_ident())
         if memo.running.setdefault(name, mine) is not mine:
             return unpack(stored)
@@ -327,7 +328,8 @@ class _Computing:
         return value if value is ABSENT else value_of(value)
 
     def _lease_or_value(self, name: str, until: float) -> tuple[int | None, Any]:
-        """Take the lease of a result, or wait until another process has computed it. Neither: it takes too long."""
+        """Take the lease of a result, or wait until another process has computed it. (None, ABSENT) if that takes too
+        long."""
         pause_s = FIRST_PAUSE_S
         while True:
             lease = self._take_lease(name)
@@ -354,6 +356,6 @@ class _Computing:
             try:
                 self._memo.engine.delete(self._memo.leases, name, if_revision=lease, **self._memo.once())
             except Conflict:
-                pass  # it has ended, and may be another one's
+                pass  # the lease has ended, and may belong to another process
             except ScopestateError as error:
                 log.warning("the lease of %s ends by itself, it could not be given back: %s", name, error)

@@ -1,4 +1,4 @@
-"""The same for coroutine functions: what `memoize` does on threads is done here without blocking the event loop."""
+"""As `memoize`, for coroutine functions: nothing blocks the event loop."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from scopestate.ops.values import class_name
 
 
 def decorated(memo: Memo, key_of_call: Callable[[tuple[Any, ...], dict[str, Any]], str]) -> Callable[..., Any]:
-    """Return the coroutine function that a program calls in the place of its own."""
+    """Return the coroutine function that a program calls instead of its own."""
     source, scope, early = memo.cache._source, memo.scope, memo.early
     computing = _Computing(memo)
 
@@ -43,7 +43,7 @@ def decorated(memo: Memo, key_of_call: Callable[[tuple[Any, ...], dict[str, Any]
 
 
 class _Computing:
-    """Computes results in the tasks of callers. A task that is cancelled gives up; one that waits for it goes on."""
+    """Computes results in the callers' tasks. A cancelled task gives up, and one that waits for it continues."""
 
     def __init__(self, memo: Memo) -> None:
         self._memo = memo
@@ -137,6 +137,6 @@ class _Computing:
             try:
                 await self._memo.engine.aio.delete(self._memo.leases, name, if_revision=lease, **self._memo.once())
             except Conflict:
-                pass  # it has ended, and may be another one's
+                pass  # the lease has ended, and may belong to another process
             except ScopestateError as error:
                 log.warning("the lease of %s ends by itself, it could not be given back: %s", name, error)

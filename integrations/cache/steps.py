@@ -1,4 +1,4 @@
-"""What the calls of a cache, plain and for asyncio, do with the engine's results and in its transactions."""
+"""Code that the plain and asyncio calls of a cache share: reading the engine's results, and parts of transactions."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _SMALL: Final = 2**53
 
 
 def pieces(items: Sequence[A]) -> Iterator[Sequence[A]]:
-    """Yield the items in pieces of a page."""
+    """Yield the items a page at a time."""
     for begin in range(0, len(items), PAGE):
         yield items[begin : begin + PAGE]
 
 
 def sizes_of(result: BatchResult) -> list[int]:
-    """Return how many bytes each value has that a batch has set."""
+    """Return the size in bytes of each value that a batch has set."""
     return [len(one.new_json) for one in result.results if isinstance(one, SetResult)]
 
 
@@ -35,9 +35,9 @@ def taken(result: BatchResult, default: Any) -> Any:
 
 
 def remove_unchanged(batch: Writes[Any], entries: Iterable[EntryView[Any]]) -> None:
-    """Have a batch remove entries, if they have not changed since they were read."""
+    """Make a batch remove entries that have not changed since they were read."""
     for entry in entries:
-        if entry.revision:  # 0: where the scope is, there are none
+        if entry.revision:  # 0: the place where the scope is kept has no revisions
             batch.check(entry.key, revision=entry.revision)
         batch.delete(entry.key)
 
@@ -48,7 +48,7 @@ def is_increment(delta: float, default: float | None) -> bool:
 
 
 def adding(key: Any, name: str, delta: float, default: float | None) -> Callable[[Transaction[Any]], Any]:
-    """Return the function for `transact` that adds to the number under a name, and returns what is stored then.
+    """Return a function for `transact` that adds to the number under a name, and returns what is then stored.
 
     It raises as `added` does.
     """
@@ -62,17 +62,17 @@ def adding(key: Any, name: str, delta: float, default: float | None) -> Callable
 
 
 def has_tag(name: str) -> Callable[[EntryView[Any]], bool]:
-    """Return what tells whether an entry has a tag."""
+    """Return a function that tells whether an entry has a tag."""
     return lambda entry: entry.json.startswith(b'{"~"') and tag_of(entry.value) == name
 
 
 def expires_until(moment: float) -> Callable[[EntryView[Any]], bool]:
-    """Return what tells whether an entry expires until a time, in seconds since the epoch."""
+    """Return a function that tells whether an entry expires by a time, in seconds since the epoch."""
     return lambda entry: entry.expires_ms is not None and entry.expires_ms <= moment * 1000
 
 
 def facts_of(entry: EntryView[Any] | None) -> tuple[Any, int | None] | None:
-    """Return what `with_facts` takes."""
+    """Return an entry as `with_facts` takes it."""
     return None if entry is None else (entry.value, entry.expires_ms)
 
 

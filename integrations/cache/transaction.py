@@ -35,10 +35,10 @@ _LONGEST_S: Final = 60.0
 
 
 class Block:
-    """A block of `Cache.transact`. One within another one is a part of that.
+    """A block of `Cache.transact`. A block within another is part of the outer one.
 
-    The `with` statement holds it, and the cache only refers to it. So if a signal handler raises between `__enter__`
-    and the block, it goes, and with it the transaction.
+    Only the `with` statement holds it; the cache has a weak reference. So if a signal handler raises between
+    `__enter__` and the block, the block is freed, and its transaction with it.
     """
 
     def __init__(self, cache: Cache) -> None:
@@ -60,7 +60,7 @@ class Block:
             raise DeserializationError("this block has ended: call `transact()` for each `with` statement")
         self._ticket = self._turns.ticket()
         try:
-            # Where an event loop runs, waiting would stop the block that is waited for.
+            # On an event loop, waiting would stop the block that it waits for.
             if not (_runs_loop() or self._turns.is_mine() or self._turns.take(_LONGEST_S, self._ticket)):
                 raise Overloaded(f"another transaction of this cache has run for {_LONGEST_S:g} s: nothing was done")
             cache._blocks[id(self)] = None
@@ -72,7 +72,7 @@ class Block:
         return self.transaction
 
     def _leave(self) -> None:
-        """End it. As often as it takes: see `certainly`."""
+        """End the block. May be repeated: see `certainly`."""
         self.transaction.ended = True
         self._cache._blocks.pop(id(self), None)
         self._entered = False
@@ -84,7 +84,7 @@ class Block:
 
 
 class TransactionBlock(Block):
-    """The one for `with`."""
+    """A block for `with`."""
 
     def __enter__(self) -> CacheTransaction:
         return self._enter()
@@ -92,7 +92,7 @@ class TransactionBlock(Block):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if not self._entered:  # it is a part of another one
+        if not self._entered:  # it is part of an outer block
             return
         try:
             self.transaction.ended = True
@@ -111,26 +111,26 @@ def _runs_loop() -> bool:
 
 
 class _Held(NamedTuple):
-    """What the transaction has put under a key."""
+    """The value or deadline that the transaction gives a key."""
 
     stored: Any
     options: dict[str, Any]
     """The deadline, as `Batch.set` and `Batch.touch` take it."""
     expires_ms: int | None
     written: bool
-    """False: only its deadline is new."""
+    """False: only the deadline changes."""
 
 
 class CacheTransaction:
-    """What a block of `transact` reads and writes. The calls are those of `Cache`."""
+    """The reads and writes of a block of `transact`. The calls are those of `Cache`."""
 
     def __init__(self, cache: Cache) -> None:
         self.ended = False
         self._cache = cache
         self._seen: dict[str, EntryView[Any] | None] = {}
-        """What the cache had under each key that was read."""
+        """Key -> its entry when it was read; None: it did not exist."""
         self._now: dict[str, _Held | None] = {}
-        """What each key that was changed has now; None: it is deleted."""
+        """Changed key -> its new content; None: it is deleted."""
 
     def __repr__(self) -> str:
         return f"<transaction of {self._cache!r}{', ended' if self.ended else ''}>"
@@ -142,7 +142,7 @@ class CacheTransaction:
         return with_facts(facts, default, expire_time=expire_time, tag=tag)
 
     def set(self, key: Any, value: Any, expire: float | timedelta | None = None, *, tag: Any = None) -> bool:
-        """As `Cache.set`. What was there before is not read."""
+        """As `Cache.set`. The value before is not read."""
         self._refuse_if_ended()
         options = deadline(expire)
         stored = pack(value, None if tag is None else name_of(tag))
@@ -218,7 +218,7 @@ class CacheTransaction:
         return None if entry is None else _Held(entry.value, {"keep_ttl": True}, entry.expires_ms, written=False)
 
     def _must_read(self, name: str) -> bool:
-        """Return whether the cache must be read to know what the transaction sees under a name."""
+        """Return whether a name must be read from the cache to know what the transaction sees there."""
         self._refuse_if_ended()
         return name not in self._now and name not in self._seen
 
@@ -227,7 +227,7 @@ class CacheTransaction:
             raise DeserializationError("this transaction has ended: use it within its block only")
 
     def _commit(self) -> None:
-        """Write everything in one step. Raises Conflict if what was read has changed."""
+        """Write everything in one step. Raises Conflict if something that was read has changed."""
         cache = self._cache
         with cache.engine.batch(cache.scope, **cache._source.once()) as batch:
             self._fill(batch)

@@ -1,4 +1,4 @@
-"""How a cache keeps values that JSON does not have, and keys that are no text.
+"""How a cache stores values that JSON cannot express, and keys that are not text.
 
 A plain JSON value is stored as it is, so that other programs, the console and the command line see it. Any other value,
 and one with a tag, is stored as an object with the field "~". Nothing is pickled, and reading runs no code of a value.
@@ -22,9 +22,9 @@ from scopestate.errors import DeserializationError, InvalidValue
 from scopestate.ops.values import MAX_LEVELS, class_name
 
 MARK: Final = "~"
-"""The field of an object that is not plain JSON, and the first character of a key that is not plain text."""
+"""The field that marks a stored object as not plain JSON, and the first character of a key that is not plain text."""
 ABSENT: Final = object()
-"""In the place of a value: there is no such key."""
+"""Stands for the value of a key that does not exist."""
 PLAIN: Final = "plain"
 TYPED: Final = "typed"
 
@@ -39,10 +39,10 @@ _from_json: Final = msgspec.json.Decoder().decode
 
 
 def pack(value: Any, tag: str | None = None, took_s: float | None = None) -> Any:
-    """Return what is stored for a value: JSON data. `tag` is the name of its tag, `took_s` what computing it took.
+    """Return the JSON data to store for a value, with the name of its tag and the seconds that computing it took.
 
-    Raises InvalidValue, with the path, for what the table of `_WRITERS` does not have: it never stores something that
-    would be read back as another value.
+    Raises InvalidValue, with the path, for a type that `_WRITERS` does not have: nothing is stored that would be read
+    back as a different value.
     """
     form = PLAIN
     if not is_plain(value):
@@ -70,7 +70,7 @@ def unpack(stored: dict[str, Any]) -> Any:
 
 
 def value_of(stored: Any) -> Any:
-    """Return the value that `pack` has made `stored` of."""
+    """Return the value for which `pack` returned `stored`."""
     return unpack(stored) if type(stored) is dict and MARK in stored else stored
 
 
@@ -87,7 +87,7 @@ def took_of(stored: Any) -> float | None:
 
 
 def is_plain(value: Any, levels: int = MAX_LEVELS) -> bool:
-    """Return whether JSON holds a value as it is, so that it is read back with the same types."""
+    """Return whether JSON can hold a value so that it is read back with the same types."""
     kind = type(value)
     if kind is str or kind is bool or value is None:
         return True
@@ -111,7 +111,7 @@ def is_plain(value: Any, levels: int = MAX_LEVELS) -> bool:
 
 
 def _typed(value: Any, path: str, levels: int) -> Any:
-    """Return a value as JSON data in which what JSON does not have is an object with the field "~"."""
+    """Return a value as JSON data; parts that JSON cannot express become objects with the field "~"."""
     kind = type(value)
     if levels < 0:
         raise InvalidValue(path, f"more than {MAX_LEVELS} levels of nesting")
@@ -127,7 +127,7 @@ def _typed(value: Any, path: str, levels: int) -> Any:
         items = [_typed(item, f"{path}[{index}]", levels - 1) for index, item in enumerate(value)]
         if kind is list:
             return items
-        # A set has no order: the same set is always the same text.
+        # Sorted, as a set has no order: equal sets have the same text.
         return {MARK: kind.__name__, "v": items if kind is tuple else sorted(items, key=_to_json)}
     if is_plain(value):
         return value
@@ -138,10 +138,10 @@ def _typed(value: Any, path: str, levels: int) -> Any:
 
 
 def hold(kind: type, name: str, write: Callable[[Any], Any], read: Callable[[Any], Any]) -> None:
-    """Have the caches of this process hold values of one more type, exactly this one.
+    """Let the caches of this process hold values of one more type, without its subclasses.
 
-    `name` stands for it in what is stored. `write` makes JSON data of a value, and `read` a value of that: it gets what
-    any process with access to the cache has stored, so it must not run code that this names.
+    `name` stands for the type in stored data. `write` turns a value into JSON data, and `read` turns that into a value.
+    `read` gets whatever any process with access to the cache has stored, so it must not run code that the data names.
     """
     _WRITERS[kind], _NAMES[kind], _READERS[name] = write, name, read
 
@@ -167,10 +167,10 @@ _WRITERS: Final[dict[type, Callable[[Any], Any]]] = {
     decimal.Decimal: str,
     uuid.UUID: str,
 }
-"""Type -> what makes JSON data of it, beside the containers."""
+"""Type -> function that turns a value into JSON data; containers are handled separately."""
 
 _NAMES: Final[dict[type, str]] = {}
-"""Type -> its name in what is stored, if it is not that of the class."""
+"""Type -> its name in stored data, if that is not the class name."""
 
 _READERS: Final[dict[str, Callable[[Any], Any]]] = {
     "bytes": base64.b64decode,
@@ -190,12 +190,12 @@ _READERS: Final[dict[str, Callable[[Any], Any]]] = {
 
 
 def _time(kind: Any, text: Any) -> Any:
-    """Return a time from its text, which is in a list if it is the second one of its name: `fold=1`."""
+    """Return a time from its text; a list with the text means `fold=1`, the second of two equal local times."""
     return kind.fromisoformat(text[0]).replace(fold=1) if type(text) is list else kind.fromisoformat(text)
 
 
 def _untyped(value: Any) -> Any:
-    """Return the value that `_typed` has made `value` of. Raises DeserializationError if it has not made it."""
+    """Undo `_typed`. Raises DeserializationError for data that it does not make."""
     if type(value) is list:
         return [_untyped(item) for item in value]
     if type(value) is not dict:
@@ -214,7 +214,7 @@ def _untyped(value: Any) -> Any:
 
 
 def with_facts(found: tuple[Any, int | None] | None, default: Any, *, expire_time: bool, tag: bool) -> Any:
-    """Return what `get` returns of a stored value with its deadline in milliseconds; None: there is no such key."""
+    """Return the result of `get`. `found` has the stored value and its deadline in milliseconds; None: no such key."""
     value, expires_s, group = default, None, None
     if found is not None:
         stored, expires_ms = found
@@ -227,7 +227,7 @@ def with_facts(found: tuple[Any, int | None] | None, default: Any, *, expire_tim
 
 
 def deadline(expire: float | dt.timedelta | None) -> dict[str, Any]:
-    """Return `expire` as an engine takes it: `ttl`, or `expires_at` for what has expired already; {} for None."""
+    """Return `expire` as an engine takes it: `ttl`, or `expires_at` for a time in the past; {} for None."""
     if expire is None:
         return {}
     seconds = expire.total_seconds() if isinstance(expire, dt.timedelta) else expire
@@ -235,7 +235,7 @@ def deadline(expire: float | dt.timedelta | None) -> dict[str, Any]:
 
 
 def milliseconds_of(options: dict[str, Any]) -> int | None:
-    """Return when a deadline is, in milliseconds since the epoch."""
+    """Return the deadline in milliseconds since the epoch; None if there is none."""
     if "expires_at" in options:
         return 0
     ttl = options.get("ttl")
@@ -248,9 +248,9 @@ _EPOCH: Final = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 
 
 def added(key: Any, stored: Any, delta: float, default: float | None) -> Any:
-    """Return what is stored for a number and `delta`; `stored` is ABSENT if there is no such key.
+    """Return the data to store for the sum of a number and `delta`; `stored` is ABSENT if the key does not exist.
 
-    Raises KeyError if there is none and no default, and TypeError for a value that is no number.
+    Raises KeyError if it does not exist and there is no default, and TypeError for a value that is not a number.
     """
     if stored is ABSENT:
         if default is None:
@@ -266,10 +266,10 @@ def added(key: Any, stored: Any, delta: float, default: float | None) -> Any:
 
 
 def name_of(key: Any) -> str:
-    """Return the key of the scope for a key of a cache. Different keys have different names.
+    """Return the key in the scope for a key of the cache. Different keys have different names.
 
-    Keys are text, bytes, numbers, bools, None and tuples of these. As in a dict, 1 and 1.0 are one key; True is another
-    one. Raises DeserializationError for other keys.
+    Keys are text, bytes, numbers, bools, None and tuples of these. As in a dict, 1 and 1.0 are the same key; True is a
+    different one. Raises DeserializationError for other keys.
     """
     if isinstance(key, str):
         key = str.__str__(key)
@@ -290,11 +290,11 @@ def name_of(key: Any) -> str:
 
 
 _LONG: Final = 2**63
-"""From here on a number is written with 16 digits, as Python refuses to write very long ones with 10."""
+"""Numbers from here on are written in base 16, as Python refuses to write very long ones in base 10."""
 
 
 def key_of(name: str) -> Any:
-    """Return the key of a cache for a key of its scope. A name that no cache makes is its own key."""
+    """Return the key of the cache for a key in its scope. A name that no cache makes is its own key."""
     if not name.startswith(MARK):
         return name
     kind, rest = name[1:2], name[2:]
@@ -321,10 +321,11 @@ _CONSTANTS: Final = {f"{MARK}None": None, f"{MARK}True": True, f"{MARK}False": F
 
 
 def call_name(base: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """Return the key of the scope for a call of a function, whose `base` says which it is.
+    """Return the key in the scope for a call of a function, which `base` identifies.
 
-    Arguments are what a cache holds as a value, and members of an Enum. Those of different types are different, 3 and
-    3.0 too. The order of named ones does not matter. Raises InvalidValue, which names the argument.
+    An argument may be any value that a cache can hold, or a member of an Enum. Arguments of different types are
+    different, also 3 and 3.0. The order of named arguments does not matter. Raises InvalidValue, which names the
+    argument.
     """
     try:
         if not kwargs:
