@@ -1,4 +1,4 @@
-"""Importing what `functions:` names: `package.module:callable`."""
+"""Import what `functions:` names: `package.module:callable`."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class TargetError(Exception):
 def import_function(target: str) -> FunctionRef:
     """Import `package.module:callable`; dots after the colon walk attributes (`app.handlers:Greeter.greet`).
 
-    Modules are found as `import` finds them, on `sys.path`; a module that is imported already is not read again.
-    What the module raises is chained; KeyboardInterrupt passes through.
+    Modules are found as by `import`, on `sys.path`; a module that is already imported is not read again. What the
+    module raises is chained; KeyboardInterrupt passes through.
 
     Raises:
         TargetError: malformed, no such module, the module fails, no such attribute, not callable.
@@ -42,7 +42,7 @@ def import_function(target: str) -> FunctionRef:
 
 
 def import_object(target: str, what: str) -> Any:
-    """Import `package.module:name`, as `import_function` does, whatever it is; `what` it should be, for a message.
+    """Import `package.module:name` as `import_function` does, but any object. `what` it should be is for messages.
 
     Raises TargetError.
     """
@@ -78,7 +78,7 @@ def _raised(module_name: str, error: BaseException) -> str:
 
 
 def reference(function: Callable[..., object]) -> FunctionRef:
-    """Wrap a function that the program hands over itself; the target is only its name then."""
+    """Wrap a function that the program hands over itself; `target` is then only its name."""
     module = getattr(function, "__module__", None) or type(function).__module__
     name = getattr(function, "__qualname__", None) or type(function).__qualname__
     return FunctionRef(target=f"{module}:{name}", callable=function)

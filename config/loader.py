@@ -48,7 +48,7 @@ def loads(text: str, *, file: str = "<string>") -> Config:
 def from_mapping(mapping: Mapping[str, object] | Sequence[object]) -> Config:
     """Read a configuration from Python data of the same shape as the file, or from the bare list of workers.
 
-    Values are taken as they are: nothing is expanded. `functions` may hold callables themselves beside targets.
+    Values are taken as they are: nothing is expanded. `functions` may hold callables as well as targets.
 
     Raises:
         ConfigError: the first mistake; it has a `key`, but no file and line.
@@ -67,17 +67,17 @@ def check(path: str | os.PathLike[str]) -> list[ConfigError]:
 
 
 class Examined(NamedTuple):
-    """The content of a file, and all its mistakes."""
+    """What was read from a file, and all its mistakes."""
 
     config: Config | None
     errors: list[ConfigError]
     """What `load` refuses."""
     doubts: Sequence[ConfigError] = ()
-    """What works and is probably a mistake: triggers of functions that are not in the file."""
+    """What works but is probably a mistake: triggers of functions that are not in the file."""
     lines: Mapping[str, int | None] = {}
     """Path of each key that was read -> its line."""
     files: AbstractSet[str] = frozenset()
-    """Files beside it that were read, or looked for: those of schemas."""
+    """Other files that were read, or looked for: those of schemas."""
 
     def first(self) -> Config:
         """Return the configuration. Raises the first mistake."""
@@ -87,7 +87,7 @@ class Examined(NamedTuple):
 
 
 def examine(path: str | os.PathLike[str]) -> Examined:
-    """Read a file as `check` does, for a tool that looks further. `config` is None, or has defaults, after mistakes."""
+    """Read a file as `check` does, for tools that need more. After mistakes `config` is None, or has defaults."""
     try:
         return examine_bytes(read_bytes(path), path)
     except ConfigError as error:
@@ -95,7 +95,7 @@ def examine(path: str | os.PathLike[str]) -> Examined:
 
 
 def examine_bytes(content: bytes, path: str | os.PathLike[str]) -> Examined:
-    """Like `examine`, for the content of `path` as it was read before."""
+    """As `examine`, for content of `path` that was read before."""
     file = expand_home(path)
     try:
         return _examined(_decode(content, file), file, os.path.abspath(file))

@@ -1,7 +1,7 @@
 """YAML text, or Python data, as a tree of nodes that know their lines.
 
-Only the structure is read here; what a scalar means is decided where it is used (`scalars`). Nothing of YAML that
-builds objects is used: a tag other than the plain core ones is an error.
+Only the structure is read here; what a scalar means is decided where it is used (`scalars`). YAML's means to build
+objects are not used: a tag other than the plain core ones is an error.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ _N = TypeVar("_N", Scalar, Mapping, Sequence)
 
 @dataclass(slots=True)
 class Problems:
-    """The mistakes of one file, in the order in which they were met."""
+    """The mistakes of one file, in the order in which they were found."""
 
     file: str | None
     errors: list[ConfigError] = field(default_factory=list)
@@ -88,7 +88,7 @@ class Problems:
         self.errors.append(self.error(problem, line, key))
 
     def doubt(self, problem: str, line: int | None, key: str | None = None) -> None:
-        """Note what works and is most likely a mistake: `examine` returns it, nothing else does."""
+        """Note what works but is most likely a mistake. Only `examine` returns it."""
         self.doubts.append(self.error(problem, line, key))
 
     def by_line(self) -> list[ConfigError]:
@@ -96,10 +96,10 @@ class Problems:
 
 
 def parse(text: str, problems: Problems) -> Node | None:
-    """Parse one YAML document; None if the text has none in it. Duplicate keys and unknown tags go to `problems`.
+    """Parse one YAML document; None if the text has no document. Duplicate keys and unknown tags go to `problems`.
 
-    The pure Python parser is used even where libyaml is there: both read a file in milliseconds, and its messages and
-    its limits are the same everywhere.
+    The pure Python parser is used even if libyaml is installed: both read a file in milliseconds, and messages and
+    limits are then the same everywhere.
 
     Raises:
         ConfigError: not YAML, more than one document, or over `MAX_NODES` or `MAX_DEPTH`.
@@ -122,7 +122,7 @@ def parse(text: str, problems: Problems) -> Node | None:
         column = f" (line {line}, column {error.position - line_start + 1})"
         raise problems.error(f"not valid YAML: {said}{column}", line) from error
     except (ValueError, OverflowError) as error:
-        # The parser lets them out for escapes and version numbers that no character and no int can be.
+        # The parser does not catch them for escapes and version numbers that are out of range.
         raise problems.error(f"not valid YAML: {error}", builder.line) from error
     return builder.root
 
@@ -151,7 +151,7 @@ def _shield(text: str) -> tuple[str, dict[int, str]]:
 
     def shield(name: str, default: str | None) -> str:
         placeholder = f"${{{name}}}" if default is None else f"${{{name}:{default}}}"
-        # With quotes, escapes, line ends or a comment in it, it may not be what it seems; a parser reads it better.
+        # With quotes, escapes, line ends or a comment in it, it may not be a placeholder; the parser decides.
         return placeholder if _UNCLEAR.search(placeholder) else placeholder.translate(hide)
 
     return replace_placeholders(text, shield), {ord(stand_in): chr(char) for char, stand_in in hide.items()}
@@ -162,7 +162,7 @@ _UNCLEAR = re.compile(r"[\"'\\\r\n\x85\u2028\u2029]|[ \t]#")
 
 @dataclass(slots=True)
 class _Open:
-    """A list or mapping whose end was not met yet."""
+    """A list or mapping whose end was not reached yet."""
 
     node: Mapping | Sequence
     key: Scalar | None = None

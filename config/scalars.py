@@ -1,4 +1,4 @@
-"""What one scalar means: `${VAR:default}` expansion, its type, and whether it fits a field. Reads the environment only.
+"""What one scalar means: `${VAR:default}` expansion, type, and whether it fits a field. Reads only the environment.
 
 Expansion happens after parsing, one scalar at a time, so a variable may change the type of a scalar but never the
 structure of the file (docs/reference/semantics.md 5 and 8.39: iii-state expands the raw text).
@@ -30,7 +30,7 @@ _FLOAT = re.compile(
     r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?\Z|[-+]?\.(?:inf|Inf|INF)\Z|\.(?:nan|NaN|NAN)\Z"
 )
 _OCTAL_OR_NOT = re.compile(r"[-+]?0[0-9]+\Z")
-# Longer digits mean no option of ours; Python refuses to convert more than 4300.
+# No option needs more digits; Python refuses to convert more than 4300.
 _MAX_DIGITS = 40
 
 _YAML_1_1 = Resolver()
@@ -85,8 +85,8 @@ def expand(text: str) -> str:
 def replace_placeholders(text: str, replacement: Callable[[str, str | None], str]) -> str:
     """Replace each `${NAME}` and `${NAME:default}` by `replacement(name, default)`, from left to right, once.
 
-    NAME is one or more characters but `}` and `:`, not trimmed; the default is all up to the next `}`, or None.
-    Refused: a regular expression, whose time is quadratic in the number of unclosed `${`.
+    NAME is one or more characters except `}` and `:`, not trimmed; the default is everything up to the next `}`, or
+    None. Refused: a regular expression, whose time is quadratic in the number of unclosed `${`.
     """
     parts: list[str] = []
     done, end = 0, -1
@@ -115,7 +115,7 @@ def _lookup(name: str, default: str | None) -> str:
             )
         return default
     if not is_utf8(value):
-        # Refused: the way of iii-state, which takes the default as if nothing were set; a mistake would go unseen.
+        # Refused: to take the default as if nothing were set, as iii-state does; a mistake would go unnoticed.
         raise VariableError(name, f"environment variable {name!r} is not valid UTF-8")
     return value
 
@@ -132,8 +132,8 @@ def is_utf8(text: str) -> bool:
 def resolve_text(text: str, style: Style) -> Value:
     """Type a scalar after expansion: a quoted one is a string; a plain one follows the YAML 1.2 core schema.
 
-    Where YAML 1.1 reads a plain scalar otherwise (`on`, `1:30`, `010`, `2026-01-31`) the kind is "ambiguous": no field
-    takes it, because people and tools differ about it.
+    If YAML 1.1 reads a plain scalar differently (`on`, `1:30`, `010`, `2026-01-31`), the kind is "ambiguous": no field
+    accepts it, because people and tools read it differently.
     """
     if style == "quoted":
         return Value("string", text, text, f"the string {shorten(text)}")
@@ -169,7 +169,7 @@ def resolve_native(value: object) -> Value:
 def shorten(text: str, *, quote: bool = True) -> str:
     """Cut `text` for an error message; with `quote` as a Python literal, so that blanks and controls show.
 
-    What stands before the `@` of an address may hold a password, and is masked.
+    The part before the `@` of an address may hold a password, and is masked.
     """
     start, end = text.find("://"), text.rfind("@")
     if -1 < start < end:
@@ -222,7 +222,7 @@ def misfit(wanted: object, value: Value) -> str | None:
 
 
 def content(value: Value) -> object:
-    """Return the Python value of a scalar that fits. Text of a number with a fraction is read here."""
+    """Return the Python value of a scalar that fits. The text of a fractional number is converted here."""
     if value.kind != "float":
         return value.value
     return float(value.text.lower().replace(".inf", "inf").replace(".nan", "nan"))
@@ -264,7 +264,7 @@ def _fits(info: msgspec.inspect.Type, value: Value) -> bool:
             return value.kind == "string"
         case msgspec.inspect.BoolType():
             return value.kind == "boolean"
-        case _:  # NoneType; the fields of the schema have no other type, which the tests of each of them show
+        case _:  # NoneType: no field of the schema has another type, as the tests of each field show
             return value.kind == "null"
 
 

@@ -37,7 +37,7 @@ class AdapterConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
     @property
     def kv(self) -> KvOptions:
-        """The options of a kv adapter; for other adapters the defaults, which have no effect there."""
+        """The options of a kv adapter; for other adapters, the defaults, which have no effect."""
         return self.config if isinstance(self.config, KvOptions) else KvOptions()
 
 
@@ -47,9 +47,9 @@ class LimitsConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     max_value_bytes: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
     """Largest value accepted, in bytes of JSON; 0 means no limit."""
     max_batch_bytes: Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)] = 8_388_608
-    """Bytes of JSON that one transaction writes at most; a larger one is refused. It changes 1,000 keys at most."""
+    """Most bytes of JSON that one transaction may write; a larger one is refused. It may change at most 1,000 keys."""
     scope_mailbox: Count = 10_000
-    """Messages that may wait for one scope; one more is refused with `OVERLOADED`."""
+    """Messages that may wait for one scope; further ones are refused with `OVERLOADED`."""
     scope_mailbox_bytes: Bytes = 67_108_864
     """Bytes of values in those messages; 0 means no limit."""
     handler_mailbox: Count = 100_000
@@ -94,7 +94,7 @@ class HistoryConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """Bytes of keys and values, and 64 for each change."""
 
     def limits(self) -> History:
-        """Return it as the journal takes it."""
+        """Return the limits as the journal takes them."""
         return History(self.events, self.age_s * 1000, self.bytes)
 
 
@@ -110,7 +110,7 @@ class TypeRef(msgspec.Struct, frozen=True):
     """`type:` of an entry of `scopes:`, resolved."""
 
     target: str
-    """`package.module:Type`, as in the file; the name of a type that the program gave itself."""
+    """`package.module:Type`, as in the file; or the name of a type that the program handed over itself."""
     type: Any
 
 
@@ -118,15 +118,15 @@ class SchemaRef(msgspec.Struct, frozen=True):
     """`schema:` of an entry of `scopes:`, compiled."""
 
     path: str | None
-    """As in the file; None: it stands in the configuration itself."""
+    """The path, as in the file; None: the schema is in the configuration itself."""
     schema: JsonSchema
 
 
 class ScopeRule(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """An entry of `scopes:`: what differs for some scopes.
+    """An entry of `scopes:`: options for some scopes.
 
-    Each option is taken from the first entry that fits and has it. All that is about values, from `type` to `upgrade`,
-    is one option. A reload changes all but `durability` for the writes that follow.
+    Each option is taken from the first entry that matches and has it. The options about values, from `type` to
+    `upgrade`, count as one. A reload changes all but `durability`, for later writes.
     """
 
     durability: Literal["memory", "interval", "commit"] | None = None
@@ -138,7 +138,7 @@ class ScopeRule(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     ttl_ms: Annotated[int, msgspec.Meta(ge=0, le=3_153_600_000_000)] | None = None
     """Keys that are written without a time to live or a deadline expire after this time; 0 means never."""
     ttl_from: Literal["write", "create"] | None = None
-    """`write`: each write of a key begins that time again. `create`: it counts from the creation of the key. Left out:
+    """`write`: each write of a key starts that time again. `create`: it counts from the creation of the key. Left out:
     `write`."""
     strict: bool | None = None
     """True: an update with an op that is refused writes nothing, and raises `UpdateRefused`."""
@@ -147,16 +147,16 @@ class ScopeRule(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     schema: SchemaRef | None = None
     """The JSON schema that values must fit: a path from the folder of the file, or the schema itself."""
     enforce: Literal["refuse", "warn"] | None = None
-    """What becomes of a write whose value does not fit. `refuse`: it raises `SchemaViolation`. `warn`: it is made,
+    """What happens to a write whose value does not fit. `refuse`: it raises `SchemaViolation`. `warn`: it is made,
     counted and logged. Left out: `refuse`."""
     version: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] | None = None
     """The current version of the values."""
     version_field: str | None = None
     """The field at the top of a value that has its version; a value without it has version 1."""
     upgrade: FunctionRef | None = None
-    """Makes of a value and its version the value as the next version has it: `package.module:callable`."""
+    """Function of a value and its version that returns the value in the next version: `package.module:callable`."""
     history: HistoryConfig | None = None
-    """Keep the changes, so that a watch can go on from a cursor: in a store of files, after a restart too."""
+    """Keep changes so that a watch can continue from a cursor; in a store of files, also after a restart."""
 
 
 class RetryConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -187,21 +187,21 @@ class TriggerConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """Trigger id; left out: made from the content of the entry."""
     events: tuple[EventName, ...] | None = None
     """Kinds of changes: `created`, `updated`, `deleted`, `expired`; left out: all of them."""
-    # The rest is checked by `ops.triggers.read_options`, as for a program; what each means is said there.
+    # The rest is checked by `ops.triggers.read_options`, as for a program; that module describes each option.
     prefix: str | None = None
     """Keys that begin with this; not together with `key`."""
     scope_prefix: str | None = None
     """Scopes whose name begins with this; not together with `scope`."""
     only_if_changed: bool | None = None
-    """True: not for a write that leaves the same JSON value."""
+    """True: not for a write that does not change the JSON value."""
     fields: tuple[str, ...] | None = None
     """Only if one of these top-level fields of the value was changed, added or removed."""
     order: Order | None = None
     """Which events are handled one after the other: of the same `scope` or `key`, all of the `trigger`, or `none`."""
     concurrency: int | None = None
-    """How many events are handled side by side at most; left out: 8."""
+    """How many events may be handled at the same time; left out: 8."""
     durable: str | None = None
-    """The name of its consumer in the store; left out: events are in memory only."""
+    """The name of its consumer in the store; left out: not durable, events are in memory only."""
     retry: RetryConfig | None = None
     """For durable triggers: when a failed delivery is tried again."""
     ack_wait: float | None = None
@@ -209,15 +209,15 @@ class TriggerConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     start: str | None = None
     """For durable triggers: where a new consumer begins, `now`, `earliest`, or a cursor."""
     on_giving_up: Literal["skip", "block"] | None = None
-    """For durable triggers: what becomes of the events behind one that is given up; left out: `skip`."""
+    """For durable triggers: what happens to the events after one that is given up; left out: `skip`."""
     max_dead: int | None = None
     """For durable triggers: how many dead letters are kept; left out: 100,000."""
     debounce: float | None = None
     """Seconds for which a key must not change before its newest event is delivered."""
     debounce_max: float | None = None
-    """Seconds after which it is delivered in any case; left out: ten times `debounce`."""
+    """Seconds after which that event is delivered in any case; left out: ten times `debounce`."""
     batch: int | None = None
-    """Deliver lists of at most so many events."""
+    """Deliver lists of at most this many events."""
     batch_wait: float | None = None
     """Seconds for which the first event of a list waits for more; left out: 0.2."""
     metadata: dict[str, Any] | None = None
@@ -243,9 +243,9 @@ EVERY_REGISTRATION: Final = ("*", "engine::*", "state::*")
 class TokenConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """An entry of `auth.tokens`: where the token comes from, and what its bearer may do (docs/reference/rights.md).
 
-    A string instead of the mapping is a token that may do everything (`full_token`). A pattern is a name in which `*`
-    stands for any characters, `?` for one. If none of `functions`, `read` and `write` is given, these three are
-    unlimited; if one of them is given, those that are left out allow nothing.
+    A string instead of the mapping is a token that may do everything (`full_token`). In a pattern `*` stands for any
+    characters and `?` for one. If none of `functions`, `read` and `write` is given, these three are unlimited; if one
+    of them is given, those that are left out allow nothing.
     """
 
     token: str | None = None
@@ -257,15 +257,16 @@ class TokenConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     functions: tuple[str, ...] | None = None
     """Ids of functions that it may call, directly or through a trigger."""
     registers: tuple[str, ...] = ()
-    """Ids of the functions and trigger types that it may register; left out: none. Only a pattern that begins with
-    `engine::` or `state::` matches an id that does."""
+    """Ids of the functions and trigger types that it may register; left out: none. Ids that begin with `engine::` or
+    `state::` match only patterns that begin so too."""
     read: tuple[str, ...] | None = None
     """Scopes that it may read and watch."""
     write: tuple[str, ...] | None = None
     """Scopes that it may write. The answer to a write contains the old value."""
     name: str | None = None
-    """Under which its durable triggers keep their consumers; left out: none, unless it may do everything. Letters,
-    digits, `-`, `_` and `.`. Tokens with the same name share them, as the old and the new token of one service do."""
+    """The name under which its durable triggers keep their consumers: letters, digits, `-`, `_` and `.`. Left out: it
+    can have no durable triggers, unless it may do everything. Tokens with the same name, such as the old and the new
+    token of a service, share the consumers."""
 
     def __repr__(self) -> str:
         token = None if self.token is None else "***"
@@ -321,24 +322,25 @@ class ServerConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     call_timeout_ms: Milliseconds = 30_000
     """How long a worker may take to answer a call; then the caller gets `TIMEOUT`. 0 means no limit."""
     max_connections: Count = 10_000
-    """Connections at a time; one more is answered with HTTP 503."""
+    """Connections at a time; further ones are answered with HTTP 503."""
     max_message_bytes: Annotated[int, msgspec.Meta(ge=1024, le=1_073_741_824)] = 67_108_864
     """Largest message from a worker; a larger one closes its connection with code 1009."""
     max_unsent_bytes: Annotated[int, msgspec.Meta(ge=65_536, le=4_294_967_296)] = 67_108_864
-    """Bytes that may wait for a worker that reads slowly; more close its connection with code 1008."""
+    """Bytes that may wait for a worker that reads slowly; with more, its connection is closed with code 1008."""
     max_registrations: Count = 10_000
-    """Functions, triggers and trigger types of one worker; one more closes its connection with code 1008."""
+    """Functions, triggers and trigger types of one worker; with more, its connection is closed with code 1008."""
     max_calls: Count = 10_000
-    """Calls in progress for each worker, as caller and as executor; one more is answered `OVERLOADED`."""
+    """Calls in progress for each worker, as caller and as executor; further ones are answered `OVERLOADED`."""
     max_call_bytes: Annotated[int, msgspec.Meta(ge=1024, le=2**40)] = 268_435_456
     """Bytes that waiting calls of one worker may hold; above that, further calls are answered `OVERLOADED`.
 
     All workers together may hold four times as much.
     """
     max_waiting_events: Count = 50_000
-    """Events that may wait for one trigger of a worker; more close its connection with code 1008."""
+    """Events that may wait for one trigger of a worker; with more, its connection is closed with code 1008."""
     max_waiting_bytes: Annotated[int, msgspec.Meta(ge=1024, le=2**40)] = 268_435_456
-    """Bytes of the events that may wait for all triggers of one worker; more close its connection with code 1008."""
+    """Bytes of events that may wait for all triggers of one worker; with more, its connection is closed with code
+    1008."""
 
 
 class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True):

@@ -1,7 +1,8 @@
-"""From nodes to `Config`: which keys there are, where, and of what type. Collects every mistake.
+"""Turn nodes into a `Config`: which keys exist, where, and of what type. Every mistake is collected.
 
-The file's shape is iii's (docs/reference/semantics.md 5). `functions`, `triggers`, `scopes` and `limits` are ours.
-Where iii ignores an unknown key or a wrong type inside the adapter's `config`, we refuse: a typo must not lose data.
+The file's shape is iii's (docs/reference/semantics.md 5). `functions`, `triggers`, `scopes` and `limits` are
+scopestate's own. iii ignores an unknown key or a wrong type inside the adapter's `config`; here they are errors, as a
+typo must not lose data.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ _SECRETS = ("token", "password", "sentinel_password")
 _TOP_KEYS = ("workers", "modules", "functions", "triggers", "scopes", "limits")
 _ENTRY_KEYS = ("name", "image", "config")
 _SAYS_SOMETHING = ("durability", "ttl_ms", "strict", "type", "schema", "version", "history")
-"""Options of an entry of `scopes:`, one of which it has."""
+"""Options of an entry of `scopes:`, of which it must have one."""
 _MAX_HINTS = 100
 _NAME = str
 
@@ -97,7 +98,7 @@ def read_python(data: object) -> Outcome:
 
 
 class Place(NamedTuple):
-    """A node, and where it stands: the line of its key (or of itself in a list) and its path."""
+    """A node and its place: the line of its key (in a list, its own line) and its path."""
 
     node: Node
     line: int | None
@@ -105,7 +106,7 @@ class Place(NamedTuple):
 
 
 class OtherWorker(NamedTuple):
-    """A worker that has nothing to do with us, by its name."""
+    """A worker of another kind, by its name."""
 
     name: str
     line: int | None
@@ -113,7 +114,7 @@ class OtherWorker(NamedTuple):
 
 
 class SectionReader:
-    """Reads one configuration; mistakes go to `problems`, and what is returned counts only if there are none."""
+    """Reads one configuration. Mistakes go to `problems`; the result counts only if there are no mistakes."""
 
     def __init__(self, problems: Problems) -> None:
         self._problems = problems
@@ -147,7 +148,7 @@ class SectionReader:
             source=source,
         )
 
-    # The list of workers: one of them is ours.
+    # The list of workers, one of which is `iii-state`.
 
     def _workers(self, lists: Iterable[Place]) -> AdapterConfig:
         adapter = AdapterConfig("kv")
@@ -159,7 +160,7 @@ class SectionReader:
             if self._worker is None:
                 log.warning("%s: has no %s among its workers; state is kept in memory only", self._file, WORKER)
         for ours, found in ((WORKER, self._worker is not None), (SERVER, self._server_entry is not None)):
-            # Everything in a misspelt entry would be ignored: the store, or the tokens of the server.
+            # A misspelt entry would be ignored, with its store or the server's tokens.
             for other in () if found else self._others:
                 if nearest(other.name, [ours.replace("-", "_")], cutoff=0.85):
                     self._problems.add(
@@ -265,7 +266,7 @@ class SectionReader:
         entries = place.node.entries if isinstance(place.node, Mapping) else ()
         return next((entry.line for entry in entries if entry.key.content == key), place.line)
 
-    # The sections beside `workers`, which are ours.
+    # The sections next to `workers`, which are scopestate's own.
 
     def _functions(self, place: Place | None) -> dict[str, FunctionRef]:
         functions: dict[str, FunctionRef] = {}
@@ -293,7 +294,7 @@ class SectionReader:
             return None
 
     def _unusable(self, place: Place, error: TargetError | BadSchema) -> None:
-        """Report what is named in the file and cannot be used."""
+        """Report something that the file names and that cannot be used."""
         failure = self._problems.error(str(error), place.line, place.path)
         failure.__cause__ = error.__cause__
         self._problems.errors.append(failure)
@@ -332,7 +333,7 @@ class SectionReader:
         return tuple(triggers)
 
     def _without_empty_lists(self, item: Place, trigger: TriggerConfig) -> TriggerConfig:
-        """Report a list of a trigger that is empty. One that is null is as if it were left out."""
+        """Report an empty list of a trigger. A list that is null counts as left out."""
         for name, meant in (("events", "kind"), ("fields", "field")):
             if getattr(trigger, name) == ():
                 entries = item.node.entries if isinstance(item.node, Mapping) else ()
@@ -363,7 +364,7 @@ class SectionReader:
         return tuple(rules)
 
     def _check_values(self, item: Place, rule: ScopeRule) -> bool:
-        """Report what does not go together in what a rule says about values; return whether there is nothing."""
+        """Report options about values that do not go together in a rule; return whether there are none."""
         errors_before = len(self._problems.errors)
         if rule.type is not None and rule.schema is not None:
             key = join(item.path, "schema")
@@ -430,7 +431,7 @@ class SectionReader:
     def _part(self, place: Place, wanted: Any) -> object:
         """Return the value of a field: a scalar, a mapping with fields of its own, or a list of either."""
         for kind in (wanted, *get_args(wanted)):
-            if get_origin(kind) is tuple:  # a list that is there but empty is an empty list, even if it may be left out
+            if get_origin(kind) is tuple:  # an empty list stays one, even if the field may be left out
                 return tuple(self._part(item, get_args(kind)[0]) for item in self._items(place))
         if wanted is TokenConfig:
             return self._token(place)
@@ -449,7 +450,7 @@ class SectionReader:
         return self._typed(place, wanted)
 
     def _secret(self, place: Place, wanted: object) -> object:
-        """Read a password or token; one that looks like a number must not stand in the error about it."""
+        """Read a password or token; if it looks like a number, the error must not show it."""
         if isinstance(place.node, Scalar):
             value = self._value(place, place.node)
             if value is None:
@@ -460,7 +461,7 @@ class SectionReader:
         return self._typed(place, wanted)
 
     def _token(self, place: Place) -> TokenConfig | None:
-        """Read one token. What is wrong is said without showing it."""
+        """Read one token. Errors do not show it."""
         if isinstance(place.node, Scalar):
             value = self._value(place, place.node)
             token = full_token(str(value.value)) if value is not None and value.kind == "string" else None
@@ -516,7 +517,7 @@ class SectionReader:
             return None
 
     def _is_null(self, place: Place) -> bool:
-        """Tell whether a section is left empty; a scalar of any other kind is reported where it is read next."""
+        """Tell whether a section is left empty. Any other scalar is reported when it is read."""
         if not isinstance(place.node, Scalar) or place.node.style == "quoted":
             return False
         if place.node.style == "native":
@@ -533,9 +534,9 @@ class SectionReader:
         what: str = "a mapping",
         removed: dict[str, str] | None = None,
     ) -> dict[str, Place]:
-        """Return the mapping's keys and values; those that are not `known` are reported. Nothing there: no fields.
+        """Return the keys and values of a mapping, {} without one. Keys that are not `known` are reported.
 
-        `removed`: keys of earlier versions, with what to write in their place.
+        `removed`: keys of earlier versions, with what to write instead.
         """
         if place is None or (place.path and self._is_null(place)):
             return {}
@@ -581,7 +582,7 @@ class SectionReader:
             problem = "YAML merge keys are not read here; write the keys out"
         else:
             known = list(known)
-            # The search for a near word is slow next to all else: a file with so many mistakes does without.
+            # The search for a similar word is slow: a file with many mistakes gets no suggestions.
             few = len(self._problems.errors) < _MAX_HINTS
             hint = (few and did_you_mean(key, known)) or f"; known here: {', '.join(known)}"
             problem = f"unknown key `{shorten(key, quote=False)}`{hint}"
@@ -589,7 +590,7 @@ class SectionReader:
 
 
 def _mistakes_of_version(rule: ScopeRule) -> Iterator[tuple[str, str]]:
-    """Yield what does not go together in what a rule says about versions."""
+    """Yield the options about versions that do not go together in a rule."""
     if rule.version is None:
         for name in ("version_field", "upgrade"):
             if getattr(rule, name) is not None:

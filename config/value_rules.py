@@ -1,4 +1,4 @@
-"""What `type:` and `schema:` of a scope's rule name: a Python type, and a JSON schema in a file or in place."""
+"""What `type:` and `schema:` of a rule for scopes name: a Python type, and a JSON schema in a file or in place."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from scopestate.paths import expand_home
 
 
 def import_type(target: str) -> TypeRef:
-    """Import `package.module:Type`. Raises TargetError, also for what values cannot be converted to."""
+    """Import `package.module:Type`. Raises TargetError, also for a type to which values cannot be converted."""
     return type_ref(import_object(target, "Type"), target)
 
 
@@ -33,7 +33,7 @@ def type_ref(kind: Any, target: str | None = None) -> TypeRef:
 
 
 def read_schema(path: str, folder: str | None, files: set[str]) -> SchemaRef:
-    """Read a schema from a file. `folder`: of the configuration, which a relative path begins at; None: the current.
+    """Read a schema from a file. A relative path begins at `folder`, that of the configuration; None: the current one.
 
     `files` gets every file that is read, or looked for. Raises BadSchema.
     """
@@ -43,7 +43,7 @@ def read_schema(path: str, folder: str | None, files: set[str]) -> SchemaRef:
 
 
 def inline_schema(document: Mapping[str, Any], place: str, source: str | None, files: set[str]) -> SchemaRef:
-    """Return a schema that stands in the configuration. `source`: its file; None: it refers to no files.
+    """Return a schema that is part of the configuration `source`. If that is None, it may not refer to files.
 
     Raises BadSchema.
     """
@@ -53,7 +53,7 @@ def inline_schema(document: Mapping[str, Any], place: str, source: str | None, f
 
 
 class _Beside:
-    """Loads what a schema refers to: files beside it, and in folders there."""
+    """Loads what a schema refers to: files in its folder, and in folders below."""
 
     def __init__(self, file: str, document: Any, files: set[str]) -> None:
         self._folder = os.path.dirname(file)
@@ -61,7 +61,7 @@ class _Beside:
         id_ = document.get("$id") if isinstance(document, Mapping) else None
         self._bases = [_uri_of(self._folder) + "/"]
         if isinstance(id_, str) and urlsplit(id_).scheme:
-            self._bases.append(urljoin(id_, "."))  # what stands beside its name stands beside its file
+            self._bases.append(urljoin(id_, "."))  # names relative to its id mean files relative to its file
 
     def __call__(self, uri: str) -> Any:
         for base in self._bases:

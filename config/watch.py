@@ -28,16 +28,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("scopestate.config")
 
-_MAX_LINKS = 40  # as the kernel: more is a circle
-_MAX_QUIET_PERIODS = 20  # a file that is written without a pause is read all the same
+_MAX_LINKS = 40  # as in the kernel: with more it is a loop
+_MAX_QUIET_PERIODS = 20  # then a file that is written without a pause is read anyway
 
 
 class ConfigWatcher:
     """Calls `apply` with each new valid configuration of a file and `report` with each error, on one thread of its own.
 
-    A file that is wrong, gone or refused by `apply` changes nothing: `report` is called, once per content, and the
-    watcher goes on. Content that is byte for byte what was read last is ignored, even if the environment changed;
-    otherwise `${VAR}` is read anew each time. A module that `functions:` imported before is not read again. `start` and
+    A file that is wrong, gone or refused by `apply` changes nothing: `report` is called once per content, and the
+    watcher goes on. Content equal to what was read last is ignored, even if the environment has changed; otherwise
+    `${VAR}` is read anew each time. Modules that `functions:` has already imported are not read again. `start` and
     `stop` may be called from any thread, `stop` also from a callback.
     """
 
@@ -57,9 +57,9 @@ class ConfigWatcher:
             path: The file; it need not exist at the moment.
             apply: Gets the new configuration. What it raises is logged and reported.
             report: Gets the error. What it raises is logged.
-            running: The configuration in use. If the file says something else by the time of `start`, it is applied.
-            quiet_s: Seconds without a change to wait for before the file is read, so that a half-written one is not.
-            recheck_s: Seconds between looks at the file that need no event: for network file systems, which send none,
+            running: The configuration in use. If the file differs from it at `start`, the file is applied. quiet_s:
+            Seconds without a change before the file is read, so that no half-written file is read. recheck_s: Seconds
+            between looks at the file that need no event: for network file systems, which send none,
                 and for a folder that was itself replaced.
         """
         from watchdog.events import FileSystemEventHandler  # noqa: PLC0415 # `import scopestate` must not pay for it
@@ -75,17 +75,17 @@ class ConfigWatcher:
         self._report = report
         self._running = running
         self._beside: frozenset[str] = frozenset()
-        """Files that the last content named beside it: those of schemas. A change of one is a change of the file."""
+        """Schema files that the last content named. A change of one counts as a change of the file."""
         self._quiet_s = quiet_s
         self._recheck_s = recheck_s
         self._handler = Handler()
-        self._observer: BaseObserver  # made by `start`: it holds a thread and a file descriptor from the first
-        # Only the watcher's own thread changes these, and `start` before there is one.
+        self._observer: BaseObserver  # made by `start`: from then on it holds a thread and a file descriptor
+        # Only the watcher's own thread changes these, and `start` before that thread exists.
         self._watches: dict[str, tuple[tuple[int, int], ObservedWatch]] = {}
         self._paths: frozenset[str] = frozenset()
         self._seen: tuple[bytes | str, ...] | None = None
         self._signature: tuple[tuple[int, ...] | None, ...] | None = None
-        self._calm = True  # the last wait for quiet found it
+        self._calm = True  # whether the last wait for quiet succeeded
         # Guards the rest. Never held while something else is called.
         self._changed = threading.Condition()
         self._changes = 0
@@ -110,14 +110,14 @@ class ConfigWatcher:
             content = self._read()
             self._seen = self._seen_now(content)
         else:
-            self._handled = -1  # the first look comes without an event, and compares with `running`
+            self._handled = -1  # the first look needs no event, and compares with `running`
         thread.start()
 
     def stop(self) -> None:
         """Stop, and wait for the watcher's thread; nothing is called after that. Idempotent.
 
-        From within a callback it cannot wait for itself: then that call is the last one. Hold no lock here that a
-        callback needs.
+        Within a callback it cannot wait for itself: then that callback is the last one. The caller must not hold a lock
+        that a callback needs.
         """
         with self._changed:
             self._stopping = True
@@ -131,7 +131,7 @@ class ConfigWatcher:
     def _run(self) -> None:
         try:
             while self._wait_for_change():
-                # A file that is wrong may be one that is still being written: the next quiet period decides.
+                # A wrong file may still be in the middle of a write: the next quiet period decides.
                 retried = False
                 while self._wait_for_quiet() and not self._look(last_try=retried and self._calm):
                     retried = True
@@ -155,7 +155,7 @@ class ConfigWatcher:
                 return True
 
     def _wait_for_quiet(self) -> bool:
-        """Wait until nothing changed for `quiet_s`, or changes go on and on; False when stopping."""
+        """Wait until nothing has changed for `quiet_s`, or changes do not stop; False when stopping."""
         deadline = time.monotonic() + _MAX_QUIET_PERIODS * self._quiet_s
         with self._changed:
             noisy = True
@@ -168,8 +168,8 @@ class ConfigWatcher:
             return not self._stopping
 
     def _look(self, *, last_try: bool) -> bool:
-        """Read the file and act on it. False if it is wrong and `last_try` is, too: then nothing was done."""
-        # Watch first, read then: a change between the two is seen as an event, not lost.
+        """Read the file and act on it. False if the file is wrong and `last_try` is false: then nothing was done."""
+        # Watch first, then read: a change between the two is seen as an event, not lost.
         self._arm()
         self._signature = self._stat()
         content = self._read()
@@ -231,7 +231,7 @@ class ConfigWatcher:
             return error
 
     def _seen_now(self, content: bytes | ConfigError) -> tuple[bytes | str, ...]:
-        """Return what was read, with what the files beside it hold."""
+        """Return what was read, with the content of the schema files."""
         seen: list[bytes | str] = [content if isinstance(content, bytes) else str(content)]
         for file in sorted(self._beside):
             try:
@@ -255,7 +255,7 @@ class ConfigWatcher:
                 self._changed.notify_all()
 
     def _observe(self) -> None:
-        """Start an observer; where the system has no events left to give, one that looks every second."""
+        """Start an observer; if the system has no more event watches, one that polls every second."""
         from watchdog.observers import Observer  # noqa: PLC0415 # `import scopestate` must not pay for it
         from watchdog.observers.polling import PollingObserver  # noqa: PLC0415 # the same
 
@@ -301,7 +301,7 @@ class ConfigWatcher:
 def watch_points(path: str) -> set[tuple[str, str]]:
     """Return the (folder, name) pairs whose change can change what the absolute `path` leads to.
 
-    They are each symlink on the way, and the file itself; or the first part of the way that does not exist.
+    They are each symlink on the path, and the file itself, or the first part of the path that does not exist.
     """
     current, *rest = PurePath(path).parts
     points: set[tuple[str, str]] = set()

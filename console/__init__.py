@@ -1,8 +1,8 @@
-"""The web console: an ASGI application that shows the state of an engine, and changes it if it may.
+"""The web console: an ASGI application that shows the state of an engine and, if allowed, changes it.
 
     app.mount("/state", console(engine, auth=basic_auth("admin", password)))
 
-docs/how-to/console.md has all of it. `scopestate console` serves it by itself.
+docs/how-to/console.md has the details. The command `scopestate console` serves it on its own.
 """
 
 from __future__ import annotations

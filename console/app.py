@@ -1,4 +1,4 @@
-"""The application: which requests are let in, the way from a request to a page, and the table of pages."""
+"""The application: which requests are let in, how a request becomes a page, and the table of pages."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ from scopestate.integrations.starlette import engine_of
 T = TypeVar("T")
 
 THREADS: Final = 8
-"""Pages of one console that are made at a time; the others wait for one of these to end."""
+"""Pages of one console that are made at the same time; further ones wait."""
 MOST_FORM_BYTES: Final = 2 * 1024 * 1024
 MOST_FIELDS: Final = 1_100
-"""A form of dead letters has a thousand."""
+"""Fields of a form; that of dead letters has up to a thousand."""
 _YEAR: Final = "public, max-age=31536000, immutable"
 
 _NO_AUTH: Final = (
@@ -67,14 +67,15 @@ def console(
     `engine` is an open engine, or the name of one that a lifespan of `scopestate.integrations.asgi` opens.
     `auth` decides about each request: a function of the Starlette request, plain or `async`, that returns True to let
     it in, or a response, such as a redirect to a login; `basic_auth(user, password)` makes one. Without `auth` every
-    request is refused. `write` says likewise which requests may change the state; by default the console only reads.
+    request is refused. `write` decides in the same way which requests may change the state; by default the console only
+    reads.
 
-    `hosts` are the names in the header `Host` that it answers for, without ports; None: any, but with
-    `auth=allow_everyone` only those of this machine, so that no web page can reach it through a name of its own
-    (DNS rebinding). `max_streams` bounds the open streams of live changes; a client can have a quarter of them.
+    `hosts` are the names, without ports, that are accepted in the header `Host`. None accepts any; but with
+    `auth=allow_everyone` only those of this machine, so that no web page can reach the console through a host name of
+    its own (DNS rebinding). `max_streams` bounds the open streams of live changes; a client can have a quarter of them.
 
-    Whatever it does is done with this engine: the console adds no rights and takes none away. Raises TypeError for an
-    `engine` that is neither.
+    The console acts with all rights of this engine, and has no others. Raises TypeError if `engine` is neither an
+    engine nor a name.
     """
     return Console(engine, auth, write, hosts, max_streams)
 
@@ -100,7 +101,7 @@ class Console:
         self._write = write
         self._streams = live.Streams(max_streams)
         self._limiter: RunVar[CapacityLimiter] = RunVar("scopestate.console")
-        """The threads of each event loop."""
+        """The limit of threads, for each event loop."""
         if hosts is None and auth is allow_everyone:
             hosts = LOOPBACK
         routes = [
@@ -118,7 +119,7 @@ class Console:
     # ---------------------------------------------------------------------------------------------- letting requests in
 
     async def _on_thread(self, work: Callable[[], T]) -> T:
-        """Do what may wait, on one of the threads of the console."""
+        """Run `work`, which may wait, on one of the console's threads."""
         limiter = self._limiter.get(None)
         if limiter is None:
             limiter = CapacityLimiter(THREADS)
@@ -126,7 +127,7 @@ class Console:
         return await anyio.to_thread.run_sync(work, limiter=limiter, abandon_on_cancel=True)
 
     async def _decide(self, rule: Auth, request: Request) -> bool | Response:
-        """Return what a function of the application says about a request."""
+        """Return the decision of the application's function about a request."""
         if is_async(rule):
             verdict: Any = await rule(request)  # type: ignore[misc]  # it is a coroutine function
         else:
@@ -134,7 +135,7 @@ class Console:
         return verdict if isinstance(verdict, Response) else verdict is True
 
     async def _refusal(self, request: Request) -> Response | None:
-        """Return the answer to a caller that is not let in; None: it is."""
+        """Return the answer to a request that is not let in; None: it is let in."""
         if self._auth is None:
             return _message(403, "The console is closed", _NO_AUTH)
         verdict = await self._decide(self._auth, request)
@@ -201,7 +202,7 @@ class Console:
         return answer
 
     async def _made(self, asked: Asked, make: Page) -> Response:
-        """Have a page made on a thread; return it, or what its error says."""
+        """Make a page on a thread; return it, or a page about its error."""
         try:
             return await self._on_thread(lambda: _response(make(asked), asked))
         except ScopestateError as error:
@@ -244,7 +245,7 @@ def _message(status: int, title: str, text: str, asked: Asked | None = None) -> 
 
 
 async def _form(request: Request) -> list[tuple[str, str]] | Response:
-    """Read the fields of a form, or return what is wrong with it."""
+    """Return the fields of a form, or a response that says what is wrong with it."""
     body = bytearray()
     try:
         async for chunk in request.stream():

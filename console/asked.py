@@ -1,4 +1,4 @@
-"""What a page is asked, and what it answers."""
+"""The request of a page, and the kinds of answers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CHUNK = 256 * 1024
 
 
 class Asked:
-    """A request, as a page sees it. Pages are made on threads, and may use the calls of the engine that wait."""
+    """A request, as a page sees it. Pages are made on threads, so they may use blocking calls of the engine."""
 
     def __init__(
         self, engine: Engine, query: QueryParams, form: list[tuple[str, str]], token: str, *, may_write: bool
@@ -25,29 +25,29 @@ class Asked:
         self.query = query
         self._form = form
         self.token = token
-        """For the forms of the page."""
+        """The CSRF token for the forms of the page."""
         self.may_write = may_write
 
     def name(self, field: str) -> str:
-        """Return a scope, a key or an id of the address. Raises DeserializationError if it is not there."""
+        """Return a scope, a key or an id from the address. Raises DeserializationError if it is missing."""
         found, quoted = self.query.get(field), self.query.get(f"{field}_quoted")
         if found is None and quoted is not None:
-            return unquote(quoted)  # a form of a page: browsers change line ends in what they send
+            return unquote(quoted)  # from a form of a page: browsers change line ends in form fields
         if found is None:
             raise DeserializationError(f"the address of this page needs `{field}`")
         return found
 
     def optional(self, field: str) -> str | None:
-        """Return a field of the address; None if it is not there or empty."""
+        """Return a field of the address; None if it is missing or empty."""
         return self.query.get(field) or None
 
     def number(self, field: str, otherwise: int, most: int) -> int:
-        """Return a number of the address, 1 to `most`."""
+        """Return a number from the address, 1 to `most`, or `otherwise`."""
         found = whole_number(self.query.get(field, ""))
         return otherwise if found is None else min(max(found, 1), most)
 
     def choice(self, *known: str) -> str:
-        """Return what the button of a form says is to be done. Raises DeserializationError if it is not known."""
+        """Return the action of the form's button. Raises DeserializationError if it is not one of `known`."""
         found = self.field("do")
         if found not in known:
             raise DeserializationError(f"the form needs `do`: {', '.join(known)}")
@@ -61,7 +61,7 @@ class Asked:
         return found
 
     def field(self, name: str) -> str | None:
-        """Return a field of the form; None if it is not there."""
+        """Return a field of the form; None if it is missing."""
         return next((value for known, value in self._form if known == name), None)
 
     def fields(self, name: str) -> list[str]:
@@ -70,12 +70,12 @@ class Asked:
 
 
 def whole_number(text: str) -> int | None:
-    """Return the number that a text of at most 19 digits is; None for another text."""
+    """Return the number in a text of at most 19 digits; None for any other text."""
     return int(text) if text.isascii() and text.isdecimal() and len(text) <= 19 else None
 
 
 class Shown(NamedTuple):
-    """A template with what it shows."""
+    """An answer: a template with its data."""
 
     template: str
     facts: Mapping[str, Any]
@@ -83,19 +83,19 @@ class Shown(NamedTuple):
 
 
 class Moved(NamedTuple):
-    """The browser goes to another page of the console: what a form has asked for is done."""
+    """An answer: the action of a form is done, and the browser goes to another page of the console."""
 
     to: str
 
 
 class Download(NamedTuple):
-    """A value as a file."""
+    """An answer: a value as a file."""
 
     content: bytes
     name: str
 
     def response(self) -> Response:
-        """Return it in pieces, so that a large one does not hold the event loop."""
+        """Return a response in pieces, so that a large value does not block the event loop."""
         disposition = f"attachment; filename=\"value.json\"; filename*=UTF-8''{quote(self.name, safe='')}"
         headers = {"Content-Disposition": disposition, "Content-Length": str(len(self.content))}
         return StreamingResponse(self._pieces(), headers=headers, media_type="application/json")

@@ -1,4 +1,4 @@
-"""What forms do: change an entry, pause and resume, replay and purge. Each change ends with the page that shows it."""
+"""Actions of forms: change an entry, pause, resume, replay, purge. Each ends with a page that shows the result."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from scopestate.errors import Conflict, DeserializationError, InvalidValue, Sche
 from scopestate.ops.values import decode, parse
 
 _REFUSALS = (DeserializationError, InvalidValue, SchemaViolation, ValueTooLarge)
-"""What is said about a value in the form that has it, so that the text is not lost."""
+"""Errors that are shown in the form with the value, so that its text is not lost."""
 
 
 def _deadline(asked: Asked) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def set_value(asked: Asked) -> Answer:
 
 
 def _conflict(asked: Asked, scope: str, key: str, text: str) -> Answer:
-    """Show what the key has now beside what was to be written, and offer to write it all the same."""
+    """Show the key's current value beside the refused one, and offer to overwrite it."""
     found = asked.engine.entry(scope, key)
     now = None if found is None or len(found.json) > CUT else formatted(found.json)
     return entry_page(asked, scope, key, found, 409, text=text, conflict={"yours": text, "now": now})
@@ -104,7 +104,7 @@ def trigger(asked: Asked) -> Answer:
 
 
 def letters(asked: Asked) -> Answer:
-    """Replay or purge dead letters: those that are ticked, or all of a consumer."""
+    """Replay or purge dead letters: the chosen ones, or all of a consumer."""
     of = asked.optional("consumer")
     action = asked.choice("replay", "replay-all", "purge", "purge-all")
     dead, replay = asked.engine.dead_letters(of), action.startswith("replay")

@@ -1,7 +1,7 @@
-"""What the engine that has the scopes knows: its workers, functions and triggers.
+"""Workers, functions and triggers of the engine that has the scopes.
 
-It may be this engine, with or without a server, or another one that this engine reaches: as its follower, or through a
-bridge. Then the other engine is asked.
+That may be this engine, with or without a server, or another one that this engine follows or reaches through a bridge.
+Then the other engine is asked.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from scopestate.errors import FunctionNotFound, ScopestateError
 
 
 class Listing(NamedTuple):
-    """A list that an engine was asked for."""
+    """The list that an engine returned."""
 
     found: list[dict[str, Any]]
     note: str
-    """Why there is nothing to list; empty if there is."""
+    """Why there is no list; empty if there is one."""
 
 
 def workers_of(engine: Engine) -> Listing:
@@ -31,7 +31,7 @@ def workers_of(engine: Engine) -> Listing:
 
 
 def functions(engine: Engine) -> list[dict[str, Any]]:
-    """Return the functions that can be called, by id: with a server those of its workers too."""
+    """Return the functions that can be called, by id, including those of workers if there is a server."""
     listing = _listed(engine, "engine::functions::list", "functions", {"include_internal": True})
     if listing is None or not listing.found:
         found = [{"function_id": one["name"], "description": one.get("description")} for one in engine.functions()]
@@ -41,14 +41,14 @@ def functions(engine: Engine) -> list[dict[str, Any]]:
 
 
 def triggers_elsewhere(engine: Engine) -> Listing | None:
-    """Return the triggers of the other engine, if there is one."""
+    """Return the triggers of the other engine; None if there is no other engine."""
     if engine._parts.backend.call_elsewhere is None:
         return None
     return _listed(engine, "engine::triggers::list", "triggers", {})
 
 
 def _listed(engine: Engine, function_id: str, field: str, payload: dict[str, Any]) -> Listing | None:
-    """Call a function of the server; None: there is none."""
+    """Call a function of the server; None if there is no server."""
     call = engine._parts.backend.call_elsewhere
     try:
         if call is None:

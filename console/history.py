@@ -13,12 +13,12 @@ from scopestate.ops.results import EntryView
 from scopestate.watching import Changes
 
 SHOWN: Final = 50
-"""Changes that are shown: the newest."""
+"""The number of newest changes that are shown."""
 WINDOW: Final = 20_000
-"""Changes of the whole scope that are looked through."""
+"""The number of changes of the whole scope that are searched."""
 LONGEST_S: Final = 2.0
 COUNTED: Final = 2**40
-"""Revisions below this are numbers of writes; those in Redis are made from the time, and say nothing of a number."""
+"""Revisions below this count writes. In Redis revisions are made from the time, and do not count anything."""
 
 
 class Past(NamedTuple):
@@ -26,11 +26,11 @@ class Past(NamedTuple):
 
     changes: list[Change]
     note: str
-    """What is not there, and why; empty if everything is."""
+    """What is missing, and why; empty if nothing is."""
 
 
 def history(engine: Engine, scope: str, key: str, entry: EntryView | None) -> Past:
-    """Return what is known of the changes of a key. `entry` is what it has now."""
+    """Return the known changes of a key. `entry` is its current entry."""
     last = 0 if entry is None else entry.revision
     since: int | str = max(0, last - WINDOW) if last < COUNTED else 0
     ends = time.monotonic() + LONGEST_S
@@ -56,7 +56,7 @@ def _note(since: int | str, *, whole: bool) -> str:
 
 
 def _read(engine: Engine, scope: str, key: str, since: int | str, last: int, ends: float) -> tuple[list[Change], bool]:
-    """Return the changes behind a cursor or a revision, and whether these are all."""
+    """Return the changes after a cursor or a revision, and whether they are complete."""
     found: deque[Change] = deque(maxlen=SHOWN)
     with engine.watch(scope, key=key, since=since) as changes:
         while (change := _next(changes)) is not None:

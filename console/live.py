@@ -21,11 +21,12 @@ from scopestate.ops.results import EventName
 
 KINDS: Final[tuple[EventName, ...]] = ("created", "updated", "deleted", "expired")
 LONGEST_S: Final = 600.0
-"""A stream ends after so many seconds. The browser connects again, and goes on where it was if it is still let in."""
+"""Seconds after which a stream ends. The browser then connects again and, if it is still let in, continues where it
+was."""
 SHARE: Final = 4
-"""One client can have this part of the streams."""
+"""One client can have at most one in this many of the streams."""
 BUFFER: Final = 5_000
-"""Changes that wait for a slow client. With more its stream ends, and goes on when it connects again."""
+"""Changes that may wait for a slow client. With more, its stream ends, and continues when it connects again."""
 
 
 def changes(asked: Asked) -> Answer:
@@ -45,14 +46,14 @@ def changes(asked: Asked) -> Answer:
 
 
 class Streams:
-    """The open streams of one console, which are bounded."""
+    """The open streams of one console. Their number is limited."""
 
     def __init__(self, most: int) -> None:
         self._most = most
         self._of_client: Counter[str] = Counter()
 
     async def open(self, request: Request, engine: Engine) -> Response:
-        """Begin a stream; refused if there are too many. Raises what a watch raises."""
+        """Begin a stream, or refuse it if there are too many. Raises what a watch raises."""
         client = request.client.host if request.client is not None else ""
         if self._of_client.total() >= self._most or self._of_client[client] >= max(1, self._most // SHARE):
             said = "Too many streams of live changes are open. Close other pages of the console.\n"
@@ -63,7 +64,7 @@ class Streams:
             stream = await open_stream(
                 watched,
                 request.headers.get("Last-Event-ID"),
-                # A new EventSource sends no id: a page that was hidden goes on by its address.
+                # A new EventSource sends no id: a page that was hidden continues with the cursor in its address.
                 since=request.query_params.get("since") or None,
                 data=_shown,
                 retry_ms=2_000,
@@ -97,7 +98,7 @@ def _watched(request: Request, engine: Engine) -> tuple[Watched, dict[str, Any]]
 
 
 def _shown(change: Change) -> dict[str, Any]:
-    """Return what the script shows of a change. Everything in it is a text, for `textContent`."""
+    """Return the data of a change that the script shows. All of it is text, for `textContent`."""
     created = change.kind == "put" and change.old_json is None
     return {
         "kind": "created" if created else {"put": "updated", "delete": "deleted", "expire": "expired"}[change.kind],
@@ -127,10 +128,10 @@ class _Stream(Response):
 
 
 def _with_cursors(send: Send) -> Send:
-    """Return a `send` that makes an event `cursor` of an id without an event.
+    """Return a `send` that adds an event `cursor` to an id without an event.
 
-    A browser keeps such an id for its own reconnection, and does not show it to the script, which needs it as well: it
-    closes the stream of a hidden page, perhaps before the first change.
+    A browser keeps such an id for its own reconnection and does not show it to the script. The script needs the cursor
+    too, as it closes the stream of a hidden page, perhaps before the first change.
     """
 
     async def send_cursor(message: Message) -> None:
@@ -142,7 +143,7 @@ def _with_cursors(send: Send) -> Send:
 
 
 def _bounded(receive: Receive, longest_s: float) -> Callable[[], Awaitable[Message]]:
-    """Return a `receive` by which the client goes after so many seconds at the latest."""
+    """Return a `receive` that reports a disconnected client after `longest_s` seconds at the latest."""
     ends = asyncio.get_running_loop().time() + longest_s
 
     async def receive_or_end() -> Message:

@@ -17,13 +17,13 @@ SCOPES_OF_A_PAGE: Final = 100
 KEYS_OF_A_PAGE: Final = 50
 MOST_KEYS_OF_A_PAGE: Final = 500
 COUNTING_S: Final = 1.5
-"""How long the keys of scopes are counted for one page, and how long their values are measured."""
+"""Seconds for counting the keys of scopes for one page, and again for measuring their values."""
 MEASURED: Final = 1_000
-"""Keys of a step of measuring."""
+"""Keys that are measured in one step."""
 
 
 def overview(asked: Asked) -> Answer:
-    """Show how the engine is, and what it has done."""
+    """Show the health and the figures of the engine."""
     engine = asked.engine
     stats, health = engine.stats(), engine.health()
     calls = sorted(((name, count) for name, count in stats.calls.items() if count), key=lambda one: (-one[1], one[0]))
@@ -49,11 +49,11 @@ class ScopeRow(NamedTuple):
 
     name: str
     keys: int | None
-    """None: it was not counted, as that would have taken too long."""
+    """None: they were not counted, as that would have taken too long."""
     bytes: int | None
-    """Of its keys and values; None: it was not measured."""
+    """Bytes of keys and values; None: they were not measured."""
     whole: bool
-    """False: it has more bytes than were counted."""
+    """False: the scope has more bytes than were counted."""
     durability: str
     notes: tuple[str, ...]
 
@@ -85,13 +85,13 @@ def _scope_row(engine: Engine, name: str, ends: float, *, measure: bool) -> Scop
     try:
         keys = engine.count(name)
         taken, whole = _measure(engine, name, ends) if measure else (None, True)
-    except ScopestateError as error:  # of this scope: the others are shown
+    except ScopestateError as error:  # an error of this scope only: the others are shown
         return ScopeRow(name, None, None, False, durability(engine, name), (*notes, str(error)))
     return ScopeRow(name, keys, taken, whole, durability(engine, name), notes)
 
 
 def _measure(engine: Engine, name: str, ends: float) -> tuple[int, bool]:
-    """Return how many bytes the keys and values of a scope have, and whether all of them were counted."""
+    """Return the bytes of keys and values in a scope, and whether all of them were counted."""
     taken = 0
     for page in engine.pages(name, MEASURED):
         taken += sum(len(entry.key.encode()) + len(entry.json) for entry in page.entries)
@@ -101,7 +101,7 @@ def _measure(engine: Engine, name: str, ends: float) -> tuple[int, bool]:
 
 
 def durability(engine: Engine, scope: str) -> str:
-    """Return how long the writes of a scope last, in words."""
+    """Describe the durability of a scope's writes in words."""
     backend = engine._parts.backend
     if backend.store is not None:
         return backend.durability(scope)
@@ -148,7 +148,7 @@ def keys(asked: Asked) -> Answer:
 
 
 def entry(asked: Asked) -> Answer:
-    """Show an entry, with its history; where the console may write, with forms to change it."""
+    """Show an entry with its history and, if the console may write, forms to change it."""
     scope, key = asked.name("scope"), asked.name("key")
     return entry_page(asked, scope, key, asked.engine.entry(scope, key))
 
@@ -156,7 +156,7 @@ def entry(asked: Asked) -> Answer:
 def entry_page(
     asked: Asked, scope: str, key: str, found: EntryView | None, status: int | None = None, **more: Any
 ) -> Answer:
-    """Return the page of an entry. `more`: what a form on it shows, such as what was refused."""
+    """Return the page of an entry. `more` has further data for its form, such as a refused value."""
     past = history(asked.engine, scope, key, found)
     facts: dict[str, Any] = {
         "scope": scope,

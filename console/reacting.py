@@ -1,4 +1,4 @@
-"""The pages about what reacts: triggers and consumers, dead letters, workers and functions."""
+"""The pages about triggers and consumers, dead letters, workers and functions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def triggers(asked: Asked) -> Answer:
     consumers_note = "There are none."
     try:
         consumers = list(engine.consumers())
-    except ScopestateError as error:  # such as a right that is missing: the rest of the page is shown
+    except ScopestateError as error:  # such as a missing right: the rest of the page is shown
         consumers_note = f"They cannot be read: {error}"
     facts = {
         "consumers_note": consumers_note,
@@ -57,7 +57,7 @@ def dead_letters(asked: Asked) -> Answer:
 
 
 def dead_letter(asked: Asked) -> Answer:
-    """Show a dead letter: its event, and what was raised."""
+    """Show a dead letter: its event and its error."""
     letter = asked.engine.dead_letters().get(asked.name("id"))
     if letter is None:
         text = "It may have been replayed or purged."

@@ -1,4 +1,4 @@
-"""Pages as HTML: the templates, and what they show of names, sizes, times and JSON values."""
+"""Pages as HTML: the templates, and how they show names, sizes, times and JSON values."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from scopestate.console.texts import json_literal, name_html, one_line, plain_na
 from scopestate.console.tree import tree
 
 CUT: Final = 256 * 1024
-"""A value with more bytes of JSON is shown cut, and is not edited in a browser."""
+"""A value with more bytes of JSON is shown cut, and cannot be edited in the browser."""
 SHOWN_OF_CUT: Final = 64 * 1024
 
 _FOLDER: Final = Path(__file__).parent
 
 
 def link(page: str, **query: object) -> str:
-    """Return the address of a page, relative to every page of the console. None leaves a parameter out."""
+    """Return the address of a page, relative to any page of the console. Parameters that are None are left out."""
     given = {name: str(value) for name, value in query.items() if value is not None}
     return f"{page}?{urlencode(given)}" if given else page
 
@@ -78,7 +78,7 @@ def preview(json: bytes | None, longest: int = 120) -> str:
 
 
 def formatted(json: bytes) -> str:
-    """Return JSON with indentation, for people. A character that cannot be seen is an escape, which means the same."""
+    """Return JSON with indentation, for people. Invisible characters become equivalent escapes."""
     return "\n".join(map(json_literal, msgspec.json.format(json, indent=2).decode().split("\n")))
 
 
@@ -106,7 +106,7 @@ STATICS: Final = _statics()
 
 
 def _static(name: str) -> str:
-    """Return the address of one of them. It changes with the content, so browsers may keep what they have."""
+    """Return the address of a static file. It changes with the content, so browsers may cache the file."""
     return link(f"static/{name}", v=hashlib.sha256(STATICS[name][0]).hexdigest()[:12])
 
 

@@ -15,7 +15,7 @@ from starlette.responses import PlainTextResponse, Response
 
 Verdict: TypeAlias = bool | Response | None
 Auth = Callable[[Request], Verdict | Awaitable[Verdict]]
-"""Decides about a request: True lets it in, a Response is its answer (a login page), everything else refuses it.
+"""Decides about a request: True lets it in, a Response is its answer (such as a login page), anything else refuses it.
 
 A plain function runs on a thread, a coroutine function on the event loop.
 """
@@ -82,7 +82,7 @@ def _decoded(credentials: str) -> bytes:
 
 
 class Guard:
-    """Answers for the hosts that the console has, and gives every answer the headers that protect it."""
+    """Refuses requests for other hosts, and adds protective headers to every answer."""
 
     def __init__(self, app: Any, hosts: Collection[str] | None) -> None:
         """`hosts`: names as in the header `Host`, without a port; None: any."""
@@ -90,7 +90,7 @@ class Guard:
         self._hosts = None if hosts is None else {host.lower() for host in hosts}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer as ASGI says. There are no WebSockets here: they are refused."""
+        """Answer a request, as ASGI says. WebSockets are refused: the console has none."""
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1000})
             return
@@ -125,15 +125,16 @@ def _with_headers(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, b
 
 
 def _header(scope: Scope, wanted: bytes) -> str:
-    """Return a header; empty if it is not there, or there more than once."""
+    """Return a header; empty if it is missing, or given more than once."""
     found = [value for name, value in scope["headers"] if name == wanted]
     return found[0].decode("latin-1") if len(found) == 1 else ""
 
 
 def _is_foreign(scope: Scope) -> bool:
-    """Tell whether a page of another site asks, other than by a link that a person follows.
+    """Tell whether a page of another site made the request, unless a person followed a link.
 
-    It could not read the answer, but it could open streams with the password that a browser remembers, and measure.
+    Such a page cannot read the answer, but it could open streams with the password that the browser remembers, and
+    measure timing.
     """
     if _header(scope, b"sec-fetch-site") not in {"cross-site", "same-site"}:
         return False
@@ -153,13 +154,13 @@ def cookie_name(name: str, request: Request) -> str:
 
 
 def csrf_token(request: Request) -> tuple[str, bool]:
-    """Return the token for the forms of a page, and whether the browser has still to be given it as a cookie."""
+    """Return the token for the forms of a page, and whether it must still be set as a cookie."""
     known = request.cookies.get(cookie_name(_CSRF_COOKIE, request), "")
     return (known, False) if len(known) >= 32 else (secrets.token_urlsafe(32), True)
 
 
 def give_csrf_token(response: Response, request: Request, token: str) -> None:
-    """Set the cookie that the forms of a page are compared with."""
+    """Set the cookie with which the tokens of forms are compared."""
     secure = request.url.scheme == "https"
     response.set_cookie(
         cookie_name(_CSRF_COOKIE, request), token, path="/", httponly=True, samesite="strict", secure=secure
@@ -167,7 +168,7 @@ def give_csrf_token(response: Response, request: Request, token: str) -> None:
 
 
 def wrong_origin(request: Request) -> str | None:
-    """Return why a form does not come from a page of this console; None: its browser says that it does.
+    """Return why a form does not come from a page of this console; None: the browser says that it does.
 
     Browsers send `Sec-Fetch-Site` over TLS and to this machine, and `Origin` with each form.
     """
@@ -187,6 +188,6 @@ def wrong_origin(request: Request) -> str | None:
 
 
 def wrong_token(request: Request, given: str | None) -> bool:
-    """Tell whether the token of a form is not the one of its browser."""
+    """Tell whether the token of a form differs from its browser's cookie."""
     known = request.cookies.get(cookie_name(_CSRF_COOKIE, request), "")
     return len(known) < 32 or not hmac.compare_digest(known.encode(), (given or "").encode())

@@ -1,4 +1,4 @@
-"""Addresses that let one browser in, once: how `scopestate console` knows the person that has started it."""
+"""Addresses that let in one browser, once: so `scopestate console` lets in only the person that started it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from scopestate.console.security import Verdict, cookie_name
 from scopestate.signals import Guard, exclusive
 
 LINK_S: Final = 15 * 60.0
-"""How long an address is good that was not opened."""
+"""Seconds for which an address that was not opened stays valid."""
 _COOKIE: Final = "scopestate_console"
 
-# It loads nothing and links to no other site, so the token in its address gets nowhere. Refused: a redirect. A browser
-# would not send the new cookie (SameSite=Strict) to its target if the address was opened from a page of another site.
+# The page loads nothing and links to no other site, so the token in its address does not leak. Refused: a redirect. If
+# the address was opened from a page of another site, the browser would not send the new cookie (SameSite=Strict) to the
+# target.
 _WELCOME: Final = (
     '<!doctype html><html lang="en"><meta charset="utf-8"><meta http-equiv="refresh" content="0; url=./">'
     '<title>scopestate</title><main><h1>scopestate</h1><p><a href="./">Go on to the console</a></p></main></html>'
@@ -38,9 +39,9 @@ class Sessions:
     def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._monotonic = monotonic
         self._exclusive = Guard()
-        # Digests: to look one up takes as long for a token that is nearly right as for any other.
+        # Keyed by digests: looking up a nearly right token takes as long as any other.
         self._links: dict[bytes, float] = {}
-        """Of tokens that were not used -> when they end."""
+        """Digest of an unused token -> when it expires."""
         self._cookies: set[bytes] = set()
 
     def new_token(self) -> str:
@@ -57,7 +58,7 @@ class Sessions:
 
     @exclusive
     def _exchange(self, token: str) -> str | None:
-        """Return a new cookie for a token, which is used then; None if it is not one, or not any more."""
+        """Exchange a token for a new cookie. None: the token is unknown, used or expired."""
         ends = self._links.pop(_digest(token), None)
         if ends is None or ends < self._monotonic():
             return None
@@ -66,7 +67,7 @@ class Sessions:
         return cookie
 
     async def auth(self, request: Request) -> Verdict:
-        """Let in a browser with a cookie of this process; one that brings a new token gets a cookie."""
+        """Let in a browser with a cookie of this process; a browser with a new token gets a cookie."""
         name = cookie_name(_COOKIE, request)
         given = request.query_params.get("token")
         if given is not None and request.method == "GET":

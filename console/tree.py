@@ -11,13 +11,13 @@ from scopestate.console.texts import json_literal
 from scopestate.ops.values import decode
 
 MOST_NODES: Final = 2_000
-"""Nodes that are shown; a page with more is slow in a browser."""
+"""Nodes that are shown; with more, a page is slow in the browser."""
 DEEPEST: Final = 50
 """Levels that are shown."""
 OPEN_LEVELS: Final = 2
 """Levels that are open at first."""
 LONGEST_TEXT: Final = 2_000
-"""Characters of one text that are shown."""
+"""Characters of one string that are shown."""
 
 
 class _Drawing:
@@ -27,7 +27,7 @@ class _Drawing:
         self.nodes = 0
 
     def node(self, label: str, value: Any, level: int) -> str:
-        """Return a value with what is in it. `label`: HTML, the name in the container with a separator, or empty."""
+        """Return a value as HTML. `label` is HTML too: its name in the container with a separator, or empty."""
         self.nodes += 1
         if not isinstance(value, (dict, list)):
             return label + _scalar(value)

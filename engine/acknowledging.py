@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class _Reads(Writes):
-    """Writes to one scope that also read it: what was read must be so at the end of the block."""
+    """Writes to one scope that also read it: what was read must not have changed by the end of the block."""
 
     __slots__ = ("_attempt", "_engine", "_found")
 
@@ -39,7 +39,7 @@ class _Reads(Writes):
         self._found: dict[str, EntryView | None] = {}
 
     def _known(self, key: str) -> bool:
-        """Return whether a key was read, or set, or deleted."""
+        """Return whether a key was read, set or deleted."""
         return key in self._found or any(step.key == key and not isinstance(step, UpdateStep) for step in self._steps)
 
     def _note(self, key: str, entry: EntryView | None) -> None:
@@ -47,7 +47,7 @@ class _Reads(Writes):
         self._checks.append(Check(key, 0 if entry is None else entry.revision))
 
     def _value(self, key: str, default: Any) -> Any:
-        """Return what the key has behind the steps so far. Raises UpdateRefused for an op that does not fit."""
+        """Return the value of a key after the steps so far. Raises UpdateRefused for an op that does not fit."""
         entry = self._found.get(key)
         value: Any = MISSING if entry is None else entry.value
         for step in self._steps:
@@ -57,7 +57,7 @@ class _Reads(Writes):
 
     def _acknowledging(self) -> tuple[DeliveryBatch, int]:
         """Return the turn, and the position that it acknowledges."""
-        self._turn()  # refuses what a batch refuses; nothing can be added from here on
+        self._turn()  # refuses what a batch refuses; after this nothing can be added
         attempt = self._attempt
         attempt.refuse_if_over()
         attempt.transaction_of = "open"
@@ -70,17 +70,17 @@ class _Reads(Writes):
 
     def _done(self, turn: DeliveryBatch, position: int) -> None:
         if "changed" not in turn.fence:
-            self._attempt.handler.port.transaction_failed(position)  # it is acknowledged as any other
+            self._attempt.handler.port.transaction_failed(position)  # it is acknowledged like any other delivery
         self._attempt.transaction_of = "done"
 
     def _left(self) -> None:
-        """The block has raised: nothing is written."""
+        """Note that the block has raised: nothing is written."""
         self._owner = OVER
         self._attempt.transaction_of = "failed"
 
 
 def _after(value: Any, step: Step, scope: str) -> Any:
-    """Return what a step makes of a value."""
+    """Return a value as it is after a step."""
     match step:
         case SetStep(_, data):
             return decode(data)
@@ -96,15 +96,15 @@ def _after(value: Any, step: Step, scope: str) -> Any:
 
 
 class DeliveryTransaction(_Reads):
-    """What `with delivery.transaction(scope) as tx` gives: `get`, `set`, `update`, `delete`, `check`.
+    """The `tx` of `with delivery.transaction(scope) as tx`: `get`, `set`, `update`, `delete`, `check`.
 
-    The calls that write are those of a batch. It belongs to the thread that has entered it.
+    The calls that write are those of a batch. Only the thread that has entered it may use it.
     """
 
     __slots__ = ()
 
     def get(self, key: str, default: Any = None) -> Any:
-        """Return the value of a key, with what this transaction has done to it; `default` if there is none.
+        """Return the value of a key, with this transaction's changes; `default` if the key does not exist.
 
         The end of the block raises Conflict if another writer has changed the key by then.
         """
@@ -185,13 +185,14 @@ class TransactionOfDelivery:
 
 
 def _note_failure(made: _Reads, position: int, problem: BaseException) -> None:
-    """The commit has raised. Was it refused, nothing was written. Else it may still happen, or have happened."""
+    """Note that the commit has raised. After a refusal nothing was written; else it may have happened, or still
+    happen."""
     attempt = made._attempt
     if isinstance(problem, REFUSED):
         attempt.handler.port.transaction_failed(position)
         attempt.transaction_of = "failed"
     else:
-        attempt.transaction_of = "unknown"  # the runtime finds out
+        attempt.transaction_of = "unknown"  # the runtime finds it out
 
 
 REFUSED: Final = (Conflict, UpdateRefused, BatchTooLarge, ValueTooLarge, Overloaded, EngineClosed, Unsupported)

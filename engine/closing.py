@@ -23,11 +23,11 @@ log = Log("scopestate.engine")
 
 LAST_SAVE_TRIES: Final = 3
 HOOKS_S: Final = 1.5
-"""How long the program's hooks may take to get the events that were not delivered."""
+"""Seconds for passing undelivered events to the program's hooks."""
 LEFT_S: Final = 1.0
-"""The least grace time, if events were already waited for when the interpreter began to exit."""
+"""Shortest grace time in seconds, if events were already waited for when the interpreter began to exit."""
 CATCH_UP_S: Final = 1.0
-"""How long the engine waits at its end for followers that read changes."""
+"""Seconds that the engine waits at its end for followers that read changes."""
 NAMED: Final = 10
 """Number of triggers that the log names."""
 
@@ -35,12 +35,11 @@ NAMED: Final = 10
 class Closing:
     """Closes one engine, in stages that may be interrupted and repeated.
 
-    1. Calls are refused, except those of handlers of events already fired. Those of followers are not answered any
-       more: they go to the next owner of the directory.
-    2. Everything is saved: the process may have only a few seconds, and the handlers may take all of them.
-    3. Those events are delivered, for at most `close_grace_ms`. The rest is reported as not delivered.
-    4. Handlers are refused too, and their changes are saved. If that fails, `close()` raises and may be called again.
-    5. The threads end, followers get their goodbye, and the backend is closed.
+    1. Calls are refused, except those of handlers of events already fired. Calls of followers are no longer answered:
+    they go to the next owner of the directory. 2. Everything is saved: the process may have only a few seconds, and the
+    handlers may take all of them. 3. Those events are delivered, for at most `close_grace_ms`. The rest is reported as
+    not delivered. 4. Handlers are refused too, and their changes are saved. If that fails, `close()` raises and may be
+    called again. 5. The threads end, followers get their goodbye, and the backend is closed.
     """
 
     def __init__(self, parts: Parts) -> None:
@@ -62,7 +61,7 @@ class Closing:
         self._turn.run(self._close, self._parts.limits.close_grace_s if grace_s is None else grace_s)
 
     def deliver_early(self) -> None:
-        """Deliver what was fired so far, for as long as `close` would. Called while executors still take work."""
+        """Deliver the events fired so far, for as long as `close` would. Called while executors still take work."""
         if self.begun:
             return
         clock, grace_s = self._parts.dispatcher.monotonic, self._parts.limits.close_grace_s
@@ -70,7 +69,7 @@ class Closing:
         try:
             drain(self._parts, grace_s, everywhere=False)
         except ReplyTimeout as error:
-            log.debug("at the exit of the interpreter: %s", error)  # close() reports it
+            log.debug("at the exit of the interpreter: %s", error)  # close() will report it
         self._spent_s = clock() - began
 
     def _close(self, grace_s: float) -> None:
@@ -104,7 +103,7 @@ class Closing:
         parts.loop_thread.close()
         parts.dispatcher.close()
         if parts.backend.store is not None:
-            parts.backend.store.clock_ms = parts.clock.now_ms()  # the next engine on the store goes on from there
+            parts.backend.store.clock_ms = parts.clock.now_ms()  # the next engine on the store continues from there
             parts.snapshot.note_positions()
         if sharing is not None:
             sharing.end()
@@ -112,7 +111,7 @@ class Closing:
         self.done = True
 
     def _let_followers_catch_up(self) -> None:
-        """Wait, not long, until those that poll for changes have had all of them: the next owner has no others."""
+        """Wait briefly until callers that poll have got all changes: the next owner cannot give them these."""
         parts = self._parts
         if parts.sharing is None or not parts.sharing.has_followers():
             return
@@ -122,9 +121,9 @@ class Closing:
             self._pause(0.002)
 
     def _deliver_while_shared(self, sharing: Sharing, grace_s: float) -> None:
-        """With followers, deliver what was fired before calls are refused: they go on as long as that takes.
+        """With followers, deliver the fired events before calls are refused: followers' calls go on until then.
 
-        What is fired while this waits is delivered behind it.
+        Events that are fired meanwhile are delivered afterwards.
         """
         if sharing.has_followers():
             began = self._parts.dispatcher.monotonic()
@@ -163,8 +162,8 @@ class Closing:
         return True
 
     def _abandon(self) -> None:
-        """Report what is not delivered: to the hooks one by one, to the log in one line."""
-        # The router may still have events that it has not given to handlers, if there are many.
+        """Report the undelivered events: to the hooks one by one, to the log in one line."""
+        # If there are many events, the router may not have given all of them to handlers.
         with contextlib.suppress(pykka.Timeout):
             self._parts.router.ask(Routed()).get(timeout=HOOKS_S)
         handlers = self._parts.router.triggers.working()

@@ -1,7 +1,7 @@
-"""The functions `engine::consumers::*` and `engine::dead-letters::*`, with what their caller may see.
+"""The functions `engine::consumers::*` and `engine::dead-letters::*`, limited to what their caller may see.
 
-They may wait for a disk or a connection: a server calls them on a worker thread. A limited token sees its own
-consumers only, by the names that it gave them, and no event of a scope that it may not read.
+They may wait for a disk or a connection: a server calls them on a worker thread. A limited token sees only its own
+consumers, under the names that it gave them, and no events of scopes that it may not read.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ class Asker(Protocol):
     """The caller, as these functions see it. Each of its methods may be called from any thread."""
 
     def consumer(self, name: str) -> str:
-        """Return the whole name of the consumer that the caller calls `name`. Raises Forbidden if it may have none."""
+        """Return the full name of the consumer that the caller calls `name`. Raises Forbidden if it may have none."""
 
     def own_consumer(self, whole: str) -> str | None:
-        """Return what the caller calls a consumer; None: it may not know of it."""
+        """Return the caller's name for a consumer; None if it may not see it."""
 
     def may_read(self, scope: str) -> bool:
         """Return whether the caller may read a scope."""
 
 
 class Everything:
-    """The program, and a worker that may do everything."""
+    """The program, or a worker that may do everything."""
 
     def consumer(self, name: str) -> str:
         """See Asker."""
@@ -57,7 +57,7 @@ class ConsumerFunctions:
     """Function id -> the function, over the consumers of one backend."""
 
     def __init__(self, consumers: Callable[[], Consumers | None]) -> None:
-        """`consumers()`: None if the backend has none, as scopes in memory."""
+        """`consumers()` returns None if the backend has no consumers, as with scopes in memory."""
         self._consumers = consumers
         self._by_kind: dict[type[Any], Callable[[Consumers, Asker, Any], Any]] = {
             inputs.ConsumersInput: _list_consumers,
@@ -70,7 +70,7 @@ class ConsumerFunctions:
         }
 
     def call(self, asker: Asker, function_id: str, payload: object) -> Any:
-        """Call one of them with plain JSON data, and return JSON data.
+        """Call one of the functions with plain JSON data, and return JSON data.
 
         Raises DeserializationError, InvalidPageLimits, Forbidden, Unsupported and StorageError.
         """
@@ -82,7 +82,7 @@ class ConsumerFunctions:
         consumers = self._consumers()
         if consumers is None:
             return self._without(asker, function_id, given)
-        handed = isinstance(payload, dict) and payload.get("_handed") is True  # a bridge asks for whole events
+        handed = isinstance(payload, dict) and payload.get("_handed") is True  # a bridge requests whole events
         match given:
             case inputs.LettersInput():
                 return _list_letters(consumers, asker, given, handed=handed)
@@ -111,11 +111,11 @@ def _list_consumers(consumers: Consumers, asker: Asker, given: inputs.ConsumersI
 
 
 def _own(consumers: Consumers, asker: Asker) -> Iterator[tuple[str, ConsumerStatus]]:
-    """Yield the consumers that the caller may know of, by what it calls them."""
+    """Yield the consumers that the caller may see, with its own names for them."""
     for whole in consumers.names():
         name = asker.own_consumer(whole)
         status = None if name is None else consumers.status(whole)
-        if name is not None and status is not None:  # it may have been forgotten just now
+        if name is not None and status is not None:  # it may have just been forgotten
             yield name, status
 
 
@@ -135,7 +135,7 @@ def _shown(name: str, status: ConsumerStatus) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------ dead letters
 
 _PAGES: Final = 10
-"""Pages of letters that one call looks through; those of others are passed over."""
+"""Pages of letters that one call searches; letters of other callers are skipped."""
 
 
 def _list_letters(consumers: Consumers, asker: Asker, given: inputs.LettersInput, *, handed: bool) -> Any:
@@ -178,7 +178,7 @@ def _letter(consumers: Consumers, asker: Asker, given: inputs.LetterInput, *, ha
     letter = consumers.letter(given.id)
     name = None if letter is None else asker.own_consumer(letter.consumer)
     if letter is None or name is None:
-        return None  # whether another token has such a letter is not told
+        return None  # the answer does not reveal whether another token has such a letter
     if not asker.may_read(letter.event.scope):
         raise Forbidden(f"the token of this connection does not allow to read scope {letter.event.scope!r}")
     return _shown_letter(name, letter, handed=handed)
@@ -187,7 +187,7 @@ def _letter(consumers: Consumers, asker: Asker, given: inputs.LetterInput, *, ha
 def _chosen(
     consumers: Consumers, asker: Asker, given: inputs.ReplayInput | inputs.PurgeInput
 ) -> Iterator[tuple[str | None, list[str] | None]]:
-    """Yield whole names of consumers (None: any) with ids (None: all), of letters that the caller has."""
+    """Yield full names of consumers (None: any) with ids (None: all) of the caller's letters."""
     whole = None if given.consumer is None else asker.consumer(given.consumer)
     knows_all = asker.own_consumer("") is not None
     if given.ids is None:

@@ -1,6 +1,6 @@
-"""The end of an engine of this process as SIGKILL ends a process, for tests (docs/design/0062-testing.md).
+"""End an engine of this process as SIGKILL ends a process, for tests (docs/design/0062-testing.md).
 
-Threads cannot be ended from outside. What they still do reaches nothing: no file, no other engine, no handler.
+Threads cannot be ended from outside. What they still do has no effect on files, other engines or handlers.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     """What one save writes."""
 
 SETTLE_S = 1.0
-"""How long the callers that wait for a commit may take to be told. They wait longer for a scope that a function of the
-program holds."""
+"""Seconds within which callers that wait for a commit are answered. For a scope that a function of the program holds
+they wait longer."""
 
 
 class MortalDispatcher(ThreadDispatcher):
@@ -46,9 +46,9 @@ class MortalDispatcher(ThreadDispatcher):
         super().__init__()
         self._muted = False
         self.over = False
-        """Whether nothing is delivered any more."""
+        """True once nothing is delivered any more."""
         self.waiting: dict[Reply[Any], None] = {}
-        """The replies that have no outcome yet."""
+        """Replies without an outcome so far."""
 
     def reply(self) -> Reply[Any]:
         reply = _Reply(self)
@@ -61,7 +61,7 @@ class MortalDispatcher(ThreadDispatcher):
         self._muted = True
 
     def end_waits(self) -> None:
-        """Have every thread that waits for the engine, now or later, go on with EngineClosed."""
+        """Make every thread that waits for the engine, now or later, get EngineClosed."""
         self.over = True
         for reply in list(self.waiting):
             reply.fail(EngineClosed())
@@ -82,21 +82,21 @@ class _Reply(Reply[Any]):
         try:
             super()._arrive(value, error)
         except RuntimeError:
-            if not self._dispatcher.over:  # else the crash was faster
+            if not self._dispatcher.over:  # otherwise the crash was faster
                 raise
 
 
 def end_threads(engine: Engine, dispatcher: MortalDispatcher, *, torn: bool = False) -> None:
-    """End an engine on real threads. Returns when its files are free, and nothing that it still does reaches them.
+    """End an engine on real threads. Returns when its files are free and it can no longer change them.
 
-    `torn`: what is not saved is half on the disk, and counts for nothing.
-    From any thread that is not in a turn of it, nor in a coroutine handler of it, which is cancelled.
+    With `torn`, half of the unsaved changes are on the disk, and must be ignored. Call it on any thread that is not in
+    a turn of the engine, nor in one of its coroutine handlers, which are cancelled.
     """
     parts, closing = engine._parts, engine._closing
     closing.begun = True
     dispatcher.mute()
     for handler in parts.router.triggers.handlers():
-        handler.active = False  # those that run are not followed by the next one
+        handler.active = False  # no handler begins after those that run
         handler._services.report = handler._services.tell_hooks = _nothing
     if parts.sharing is not None:
         parts.sharing.end()  # no goodbye without `hold`, and before calls are refused: a dead process answers nothing
@@ -115,7 +115,7 @@ def end_threads(engine: Engine, dispatcher: MortalDispatcher, *, torn: bool = Fa
     parts.expiry.end()
     parts.snapshot.stop_interval()
     with suppress(pykka.Timeout, StorageError):
-        # Event loops wait for commits too, and only the turns of the scopes know them.
+        # Event loops wait for commits too, and only the turns of the scopes know of them.
         parts.snapshot.ask(Commit()).get(timeout=SETTLE_S)
     parts.router.feed.end()
     parts.router.backlog.made_room()
@@ -123,13 +123,13 @@ def end_threads(engine: Engine, dispatcher: MortalDispatcher, *, torn: bool = Fa
     parts.loop_thread.close()
     dispatcher.close()
     if parts.backend.store is None and type(parts.backend).leave is not Backend.leave:
-        parts.backend.leave()  # without giving back what it was handling
+        parts.backend.leave()  # without giving back the events that it was handling
     parts.backend.close()
     lifecycle.release(engine)
 
 
 def end_deterministic(engine: Engine, dispatcher: DeterministicDispatcher, *, torn: bool = False) -> None:
-    """End an engine on a clock that a test moves: turns that wait end where they are. `torn`: as in `end_threads`."""
+    """End an engine on a clock that a test moves: waiting turns end where they are. `torn`: as in `end_threads`."""
     unsaved = _next_save(engine._parts, engine._parts.snapshot._save) if torn else None
     dispatcher.kill()
     engine._scopes.disown(EngineClosed)
@@ -143,7 +143,7 @@ def end_deterministic(engine: Engine, dispatcher: DeterministicDispatcher, *, to
 
 
 def _shut(actor: ScopeActor) -> None:
-    """Have every turn refused, and the writes of one that is under way."""
+    """Refuse every turn, and the writes of a turn in progress."""
     if isinstance(actor, ScopeInMemory):
         actor.refuse_commits(EngineClosed)
     if actor.housekeep_now(Close(handlers_may=False)) is BUSY:
@@ -151,7 +151,7 @@ def _shut(actor: ScopeActor) -> None:
 
 
 def _nothing(failure: DeliveryFailure) -> None:
-    """Report it to no one: in a process that has ended, it did not happen."""
+    """Report nothing: in a process that has ended, the failure did not happen."""
 
 
 def _next_save(parts: Parts, save: Callable[[], object]) -> Save | None:
@@ -175,5 +175,5 @@ def _let_go_of_files(parts: Parts, torn: Save | None) -> None:
         raise StorageError("the engine was crashed by a test: this was not saved")
 
     if isinstance(parts.backend.store, FileAdapter):
-        parts.snapshot._write = gone  # type: ignore[method-assign]  # silently: the log would speak of a broken disk
+        parts.snapshot._write = gone  # type: ignore[method-assign]  # silently: the log would report a broken disk
         parts.backend.store.leave(torn)

@@ -1,4 +1,4 @@
-"""Waiting until events have been handled."""
+"""Wait until events have been handled."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 Wait = tuple[Reply[Any] | Callable[[], object], float | None]
 """What a step waits for, and for how many seconds at most: an answer, or a call that blocks its thread."""
 LONGEST_LOOK_S: Final = 1.0
-"""For so long a worker thread is held while other engines are waited for."""
+"""Seconds for which a wait for other engines holds a worker thread."""
 Steps = Generator[Wait, Any, None]
 
 
 def drain(parts: Parts, timeout: float | None, *, everywhere: bool = True) -> None:
     """Block this thread until every event fired so far has been handled, and every event that those handlers fired.
 
-    `everywhere`: wait for what other engines handle of durable triggers, too.
+    `everywhere`: also wait for events of durable triggers that other engines are handling.
     """
     steps = drain_steps(parts, timeout, everywhere=everywhere)
     outcome: Any = None
@@ -51,11 +51,11 @@ def drain(parts: Parts, timeout: float | None, *, everywhere: bool = True) -> No
 def drain_steps(parts: Parts, timeout: float | None, *, everywhere: bool = True) -> Steps:
     """Yield what to wait for, one step after another. For threads and for event loops.
 
-    A barrier goes through the router and every handler, behind the waiting events. A handler may fire an event behind
-    the barrier, so this is repeated until no handler has fired in two rounds in a row: the second barrier is behind
-    everything that a handler had begun to fire when the first one started. Events that come through Redis are waited
-    for first: those of this engine's own writes. A durable trigger there may have given some of them to another engine,
-    which may still be handling them.
+    A barrier goes through the router and every handler, after the waiting events. A handler may fire an event after the
+    barrier, so this is repeated until no handler has fired in two rounds in a row: the second barrier comes after
+    everything that a handler had begun to fire when the first one started. Before that, it waits for events that come
+    through Redis: those of this engine's own writes. A durable trigger there may have given some of them to another
+    engine, which may still be handling them.
     """
     if event_depth.get():
         raise WouldDeadlock("drain() in a handler would wait for that handler to end")
@@ -111,9 +111,9 @@ def _finish_turns(parts: Parts, deadline: float | None, timeout: float | None) -
     for actor in list(parts.directory.values()):
         if actor.has_waiting():
             actor._refuse_own_turn()
-            # Not a read: a closing scope refuses those, and a full mailbox is the more reason to wait.
+            # Not a read, which a closing scope refuses. If the mailbox is full, waiting matters even more.
             yield from _behind(actor, Ping(), parts, deadline, ReplyTimeout(actor.scope, timeout or 0.0))
-    durable = parts.router.triggers.durable.members  # their events are those that are on disk
+    durable = parts.router.triggers.durable.members  # their events are fired when they are on disk
     if durable or parts.snapshot.has_open_commits():
         late = ReplyTimeout("", timeout or 0.0, behind="(all: a commit has not ended)")
         parts.snapshot._refuse_own_turn()
@@ -121,7 +121,7 @@ def _finish_turns(parts: Parts, deadline: float | None, timeout: float | None) -
 
 
 def _settle_consumers(parts: Parts, deadline: float | None, timeout: float | None) -> Steps:
-    """Wait for what other engines handle of durable triggers: those that follow this one, or that it follows."""
+    """Wait for events of durable triggers that other engines handle: followers of this one, or the one it follows."""
     consumers = parts.consumers
     names = [] if consumers is None else consumers.served_elsewhere()
     left: dict[str, int] = {}

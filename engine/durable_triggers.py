@@ -1,4 +1,4 @@
-"""The durable triggers of one engine: which handler has which consumer, and what an engine says of its consumers."""
+"""The durable triggers of one engine: the handler of each consumer, and the calls about consumers."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ class DurableTriggers(Consumers):
     def register(self, trigger: Trigger, call: Callable[[str, Attempt], Any] | None = None) -> DurableHandler:
         """Register a durable trigger. One with the same name is replaced: its consumer, and what waits, are kept.
 
-        `call(function_id, attempt)` calls its function and its condition, in place of the handler.
-        Raises ConfigError, InvalidRegistration, InvalidCursor, Compacted and StorageError; nothing is changed then.
+        `call(function_id, attempt)` calls its function and its condition, instead of the handler. Raises ConfigError,
+        InvalidRegistration, InvalidCursor, Compacted and StorageError; nothing is changed then.
         """
         name = trigger.durable
-        assert name is not None  # the caller has looked
+        assert name is not None  # the caller has checked
         handler, consumers = self._handlers.get(name), self._consumers
         port = consumers.open(name, trigger)
         if handler is not None and handler.active and handler.trigger.function_id != trigger.function_id:
@@ -85,11 +85,11 @@ class DurableTriggers(Consumers):
         return self._consumers.served_elsewhere()
 
     def use(self, consumers: Consumers) -> None:
-        """Go by other consumers for what is asked from here on; `move` follows."""
+        """Use other consumers for calls from now on; `move` follows."""
         self._consumers = consumers
 
     def _ask(self, call: Callable[[Consumers], A]) -> A:
-        """Ask the consumers that are used now. If they did not begin that, as others are used since: ask those."""
+        """Make a call to the current consumers. If they were replaced before it began, make it to the new ones."""
         consumers = self._consumers
         try:
             return call(consumers)
@@ -100,9 +100,9 @@ class DurableTriggers(Consumers):
         return call(now)
 
     def move(self) -> None:
-        """Take the events of all durable triggers from the consumers that are used now, which have the same ones.
+        """Take the events of all durable triggers from the new consumers, which have the same names.
 
-        A trigger that cannot be had there is reported, and takes no more events.
+        A trigger that they refuse is reported, and takes no more events.
         """
         for name, handler in list(self._handlers.items()):
             try:
@@ -115,12 +115,12 @@ class DurableTriggers(Consumers):
         return list(self._handlers.values())
 
     def stop(self) -> None:
-        """The engine closes: no attempt begins any more. What is running may end."""
+        """Begin no more attempts, as the engine closes. Running ones may end."""
         for handler in self.handlers():
             handler.stop()
 
     def problems(self) -> list[str]:
-        """Return what is wrong with consumers, for `Health.problems`. It waits for nothing."""
+        """Return the problems of consumers, for `Health.problems`, without waiting."""
         found = self._consumers.problems()
         served = set(self._consumers.served_elsewhere())
         for name, why in self._consumers.states():
@@ -178,7 +178,8 @@ class DurableTriggers(Consumers):
             return done
         handler.forget()
         if handler.active:
-            # Its trigger goes on as a new consumer, with the events from now on: where the one before began is over.
+            # Its trigger continues as a new consumer with the events from now on; the start of the old one no longer
+            # applies.
             trigger = handler.trigger
             handler.port = self._consumers.open(name, msgspec.structs.replace(trigger, start="now"))
             self._handlers[name] = handler

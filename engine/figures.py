@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("scopestate.metrics")
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
-"""Of what `exposition` returns."""
+"""The content type of what `exposition` returns."""
 
 
 class Figure(NamedTuple):
@@ -113,8 +113,8 @@ class Family(NamedTuple):
 def families(engines: Mapping[str, Engine], *, consumers: bool = True, read: bool = True) -> list[Family]:
     """Return the metrics of engines by name. `read=False`: without samples. From any thread; never raises.
 
-    What cannot be read costs the samples of its engine, which has `scopestate_up` 0. `consumers` as in
-    `StateCollector`: in Redis they take a call of the server.
+    An engine that cannot be read has `scopestate_up` 0 and no other samples. `consumers` is as in `StateCollector`: in
+    Redis they need a call to the server.
     """
     from scopestate import __version__  # noqa: PLC0415 - of the package that imports this module
 

@@ -9,7 +9,7 @@ A process ends in one of these ways, and each has its hook here:
 - a signal that the host program handles while it runs, and whose handler it removes at its end: `_Guest` saves before
   the host's handler runs, and keeps the default action from coming back.
 
-There is no hook for SIGKILL, and for calls of `os._exit` and `os.exec*`: they lose what `interval` may lose.
+SIGKILL and calls of `os._exit` and `os.exec*` have no hook: they lose what durability `interval` may lose.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ if TYPE_CHECKING:
 log = logging.getLogger("scopestate.engine")
 
 LAST_RESORT_S: Final = 1.0
-"""How long after a signal a process whose main thread is stuck may live once its engines are closed."""
+"""Seconds that a process whose main thread is stuck may live after a signal, once its engines are closed."""
 SAVE_FIRST_S: Final = 3.0
-"""How long a signal handler of the host waits at most for the save before it."""
+"""Longest time in seconds that the host's signal handler is delayed by the save before it."""
 PROMPT_S: Final = 0.02
-"""The interval of saves after that."""
+"""The interval of saves after that, in seconds."""
 DROPPED_S: Final = 20.0
-"""How long an engine waits for one that was dropped and still holds the same store."""
+"""Seconds that an engine waits for a dropped one that still holds the same store."""
 RESEND_S: Final = 0.05
 """How long a signal may stay unnoticed in a worker of `multiprocessing` before it is sent again."""
 SHARE_S: Final = 0.25
-"""Grace time of each engine at least, when several share one."""
+"""Shortest grace time of each engine when several share one, in seconds."""
 
 _ENDS: Final = tuple(
     getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGINT", "SIGBREAK") if hasattr(signal, name)
@@ -104,7 +104,8 @@ def _watch_over(engine: Engine) -> None:
 
 
 def hold_backend(engine: Engine) -> None:
-    """Keep the files and connections of an engine: dropped with it, they would be closed before it can save."""
+    """Keep the files and connections of an engine: if they were dropped with it, they would close before it can
+    save."""
     if engine._parts.backend.keeps:
         _stores[id(engine)] = engine._parts.backend
 
@@ -168,7 +169,7 @@ def stay_ahead_of_executors() -> None:
         return
     register = getattr(threading, "_register_atexit", None)
     if register is not None:
-        with contextlib.suppress(RuntimeError):  # the interpreter is exiting already
+        with contextlib.suppress(RuntimeError):  # the interpreter is already exiting
             register(_before_executors_end)
     _ahead_of = loaded
 
@@ -268,7 +269,7 @@ def _close_behind_threads() -> None:
 
 
 def _engines() -> list[Engine]:
-    """Return the open engines: those that follow another one of this process first, or they would take its place."""
+    """Return the open engines. Followers of another engine of this process come first, or they would take it over."""
     engines = list(dict.fromkeys([*_exclusive.run(lambda: list(_live)), *list(_dropped)]))
     return sorted(engines, key=lambda engine: engine._parts.backend.store is not None)
 

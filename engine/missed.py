@@ -1,4 +1,4 @@
-"""The changes that have fired no trigger of an engine, as another one had the scopes when they were made."""
+"""Changes that fired no trigger of an engine because another one had the scopes when they were made."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ PAGE: Final = 1_000
 
 
 def fire_missed(router: EventRouter, cursor: str) -> None:
-    """Fire the events of all changes behind a cursor, as far as the journal has them; the rest is reported.
+    """Fire the events of all changes after a cursor that the journal still has; report the rest.
 
-    Before the engine makes its first change: each change is told once, in order. No limit of a mailbox holds it up,
-    as other processes wait for this one.
+    This runs before the engine makes its first change, so each event is fired once, in order. Limits of mailboxes do
+    not apply, as other processes wait for this one.
     """
     handlers = router.triggers.plain()
     if not handlers:
@@ -47,7 +47,7 @@ def _fire_from(router: EventRouter, handlers: list[HandlerActor], journal: Journ
 
     def has_missed(handler: HandlerActor) -> bool:
         trigger = handler.trigger
-        # Of the present epoch: what an earlier one has lost is not there, and no event of it is missing.
+        # Only of the present epoch: changes that an earlier one lost do not exist, so their events are not missing.
         return journal.gone(journal.epoch, position, scope=trigger.scope, prefix=trigger.scope_prefix or "") is not None
 
     if missed := [handler for handler in handlers if has_missed(handler)]:

@@ -1,4 +1,4 @@
-"""Opening the place where the scopes of an engine live. Nothing else asks which kind of place that is."""
+"""Open the place where the scopes of an engine are kept. No other module depends on which kind of place it is."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def load_libraries(config: AdapterConfig) -> None:
 
 
 def open_backend(config: Config, given: Store | Backend | None = None) -> Backend:
-    """Open what the configuration names, or take what the program gives instead.
+    """Open the backend that the configuration names, or use the one that the program gives.
 
     Raises ConfigError, and StorageError if it cannot be opened.
     """
@@ -80,7 +80,7 @@ def open_backend(config: Config, given: Store | Backend | None = None) -> Backen
 
 
 def sharing_for(config: Config, given: Store | Backend | None) -> Sharing | None:
-    """Return the part that the engine takes in sharing its directory, which opens it; None: it has none."""
+    """Return the object that opens and shares the engine's directory; None if it shares none."""
     kv = config.adapter.config
     if given is not None or not isinstance(kv, KvOptions) or kv.store_method != "file_based":
         return None
@@ -99,7 +99,7 @@ def open_for_tool(config: Config) -> Backend | None:
 
 
 def durable_mistakes(config: Config) -> Iterator[ConfigError]:
-    """Yield what is wrong with durable triggers of a configuration, and can be found without opening anything."""
+    """Yield the mistakes in durable triggers of a configuration that can be found without opening anything."""
     first: dict[str, int] = {}
     for number, entry in enumerate(config.triggers):
         if entry.durable is None:
@@ -141,7 +141,7 @@ def no_store_for(consumer: str | None) -> str:
 
 
 def durability_of(scope: str, rules: Iterable[ScopeRule], otherwise: Durability) -> Durability:
-    """Return how long the writes of `scope` must last: by the first rule that fits and says so, or `otherwise`."""
+    """Return the durability of `scope`: that of the first matching rule that has one, or `otherwise`."""
     for rule in _fitting(scope, rules):
         if rule.durability is not None:
             return rule.durability
@@ -149,9 +149,9 @@ def durability_of(scope: str, rules: Iterable[ScopeRule], otherwise: Durability)
 
 
 def write_rule_of(scope: str, rules: Sequence[ScopeRule], misfits: Misfits) -> WriteRule:
-    """Return what the rules say about the writes of `scope`: each option by the first rule that fits and has it.
+    """Return the options of the rules for writes of `scope`, each from the first matching rule that has it.
 
-    `misfits` takes what does not fit and is let through.
+    `misfits` counts values that do not fit and are written nevertheless.
     """
     ttl_ms = strict = None
     from_creation = False
@@ -167,7 +167,7 @@ def write_rule_of(scope: str, rules: Sequence[ScopeRule], misfits: Misfits) -> W
 
 
 def value_rule_of(scope: str, rules: Iterable[ScopeRule], misfits: Misfits) -> ValueRule | None:
-    """Return what the rules say about the values of `scope`; None: nothing."""
+    """Return the options of the rules for values of `scope`; None: there are none."""
     for rule in _fitting(scope, rules):
         kind = type_in(rule)
         if kind is None and rule.version is None:
@@ -193,14 +193,14 @@ def _versions(version: int, field: str, upgrade: Upgrade | None) -> Versions:
 
 
 def type_in(rule: ScopeRule) -> ValueType[Any] | None:
-    """Return what a rule says that values must fit; None: nothing."""
+    """Return the type or schema that a rule requires of values; None: anything fits."""
     if rule.schema is not None:
         return rule.schema.schema
     return None if rule.type is None else value_type(rule.type.type)
 
 
 def history_of(scope: str, rules: Iterable[ScopeRule]) -> History | None:
-    """Return how much of the changes of `scope` is kept: by the first rule that fits and says so; None: nothing."""
+    """Return how many changes of `scope` are kept, by the first matching rule with `history`; None: no changes."""
     for rule in _fitting(scope, rules):
         if rule.history is not None:
             return rule.history.limits()
@@ -224,14 +224,14 @@ def open_store(kv: KvOptions) -> FileAdapter:
     try:
         return FileAdapter(kv.file_path)
     except StoreLocked:
-        # Perhaps by an engine that the program has dropped, and that is being closed at this moment.
+        # Perhaps it is held by an engine that the program has dropped and that is just being closed.
         if not wait_for_dropped():
             raise
         return FileAdapter(kv.file_path)
 
 
 def open_shared(adapter: AdapterConfig) -> BridgeBackend | RedisBackend:
-    """Open what other programs use too: Redis, or another engine. Raises ConfigError and StorageError."""
+    """Open a backend that other programs also use: Redis or another engine. Raises ConfigError and StorageError."""
     load_libraries(adapter)
     if isinstance(adapter.config, BridgeOptions):
         from scopestate.persistence.bridge.backend import BridgeBackend  # noqa: PLC0415 - see load_libraries

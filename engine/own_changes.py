@@ -1,4 +1,4 @@
-"""The changes of this engine for watches that began when its scopes were in another one."""
+"""The changes of this engine, for watches that began when its scopes were in another one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _Done = Callable[[bytes | None, ScopestateError | None], object]
 
 
 class OwnChanges(ChangeSource):
-    """Polls the engine that it is in, without a connection; the polls wait on the event loop of that engine."""
+    """Polls its own engine, without a connection. The polls wait on that engine's event loop."""
 
     longest_wait_ms = LONGEST_WAIT_MS
 

@@ -1,4 +1,4 @@
-"""Making the parts of an engine from its configuration, and changing them while it runs."""
+"""Make the parts of an engine from its configuration, and change them while it runs."""
 
 from __future__ import annotations
 
@@ -65,7 +65,8 @@ log: Final = Log("scopestate.engine")
 Report = Callable[[DeliveryFailure], None]
 
 CLAIM_S: Final = 2.0
-"""For so long an engine waits with what the followers of the owner before were handling when it opened the store."""
+"""Seconds that an engine, after opening the store, holds back the events that followers of the owner before were
+handling."""
 _RESTART_ONLY: Final = ("store_method", "file_path", "durability", "share", "connect_wait_ms")
 
 
@@ -81,12 +82,12 @@ class Parts:
         tell_hooks: Report,
     ) -> None:
         """Raises ConfigError for a function that cannot be registered, StorageError if the store cannot be opened."""
-        check_functions(config)  # first: a store that was opened would stay locked
+        check_functions(config)  # first: an opened store would stay locked
         self.config = self._started = config
         self.limits = Limits()
         self.dispatcher: Dispatcher = dispatcher or ThreadDispatcher()
         self.sharing = sharing_for(config, adapter)
-        """Its part in sharing its directory; None: it has none."""
+        """Its part in sharing the directory; None: the directory is not shared."""
         self.backend = open_backend(config, adapter) if self.sharing is None else self.sharing.open()
         set_limits(self.limits, config.limits, self.backend)
         self.functions = Functions()
@@ -110,7 +111,7 @@ class Parts:
             self.expiry,
         )
         self.consumers: DurableTriggers | None = None
-        """The consumers of durable triggers; None: what the backend keeps has no journal."""
+        """The consumers of durable triggers; None: the backend has no journal."""
         self.make_transaction: Callable[[Attempt, str], Any] | None = None
         """Makes the transaction of a delivery; set by the engine."""
         try:
@@ -118,7 +119,7 @@ class Parts:
             if self.sharing is not None and self.sharing.succeeds:
                 self.router.feed.prime()
         except BaseException:
-            self.backend.close()  # or the store would stay locked
+            self.backend.close()  # otherwise the store would stay locked
             raise
         self.housekeeper = Housekeeper(self.dispatcher, self.directory, self.limits)
         self._exclusive = Guard()
@@ -126,15 +127,15 @@ class Parts:
         self.polls_behind: Callable[[], bool] = lambda: False
         """Tells whether a poll would find changes; set by the engine, as the next two."""
         self.hold: Callable[[], object] = lambda: None
-        """Called when the engine has another backend."""
+        """Called when the engine has got another backend."""
         self.take_over_watches: Callable[[ChangeSource], Callable[[], object]] = lambda before: lambda: None
-        """Called before another backend makes scopes; what it returns is called when it does."""
+        """Called before another backend makes scopes; the function that it returns is called when that backend does."""
         self.reconfigured: Callable[[Config], object] | None = None
         """Called after each reload; set by a server that applies changes of the file."""
         self.tally = {function_id: Tally() for function_id in (*BUILT_IN, polls.FUNCTION_ID, FLUSH)}
 
     def described(self) -> str:
-        """Describe where the state is kept, without a look at the disk, and without passwords."""
+        """Describe where the state is kept, without reading the disk and without passwords."""
         if self.sharing is not None:
             return f"{self.sharing.directory}, {self.sharing.role}"
         options = self.config.adapter.config
@@ -146,7 +147,7 @@ class Parts:
         return "in memory" if store is None else f"adapter {type(store).__name__}"
 
     def _attach(self, backend: Backend) -> None:
-        """Have everything that depends on the backend go by this one, except the scopes. Raises StorageError."""
+        """Make everything that depends on the backend, except the scopes, use this one. Raises StorageError."""
         store = backend.store
         journal = None if store is None else store.journal
         feed, snapshot = self.router.feed, self.snapshot
@@ -182,7 +183,7 @@ class Parts:
         return consumers
 
     def _make_transaction(self, attempt: Attempt, scope: str) -> Any:
-        assert self.make_transaction is not None  # no delivery before the engine is there
+        assert self.make_transaction is not None  # no delivery happens before the engine exists
         return self.make_transaction(attempt, scope)
 
     def register(self, trigger: Trigger) -> None:
@@ -203,7 +204,7 @@ class Parts:
         return write_rule_of(scope, self.config.scopes, self._around.misfits)
 
     def values_of(self, scope: str) -> ValueRule | None:
-        """Return what the configuration says about the values of a scope; None: nothing."""
+        """Return the rule of the configuration for the values of a scope; None: there is none."""
         return self._rule_of(scope).values
 
     def _history_of(self, scope: str) -> History | None:
@@ -221,7 +222,7 @@ class Parts:
         self.housekeeper.arm()
 
     def _start(self) -> None:
-        """Begin with what the backend needs: it is attached, and makes the scopes."""
+        """Start what an attached backend needs."""
         self.backend.start(self._around)
         self.snapshot.start_interval()
         self.expiry.begin()
@@ -230,14 +231,14 @@ class Parts:
 
     @exclusive
     def take_over(self, backend: Backend) -> None:
-        """Go on with another backend, which this engine has opened: what a program holds of the engine goes on too.
+        """Continue with another backend, which this engine has opened. The program's handles and triggers continue too.
 
-        The backend before must be one that can leave (`Backend.leave`), such as a bridge. On return new calls go to the
-        new backend. Calls that were not begun go there too, in their order, and so do reads, and writes with an
-        idempotency key, whose answers were lost; other writes under way fail as possibly applied.
+        The old backend must be able to leave (`Backend.leave`), as a bridge is. On return new calls go to the new
+        backend. Calls that had not begun go there too, in their order. So do reads, and writes with an idempotency key,
+        whose answers were lost; other writes in progress fail as possibly applied.
 
         From any thread. Raises StorageError if the new backend fails at once, and EngineClosed if the engine closes:
-        then nothing has changed, and the new backend belongs to the caller.
+        then nothing has changed, and the caller still owns the new backend.
         """
         before = self.backend
         if self._ends:
@@ -248,7 +249,7 @@ class Parts:
         except BaseException:
             self._attach(before)
             raise
-        # From here on there is no way back. What fails is logged, and keeps nothing else from going on.
+        # From here on it cannot be undone. Failures are logged, and do not stop the rest.
         told: list[str | None] = []
         contained(lambda: told.append(before.leave()), "leaving the other engine", log)
         if told and told[0] is not None:
@@ -266,7 +267,8 @@ class Parts:
             contained(begin, "taking over from another engine", log)
 
     def scopes(self) -> list[str]:
-        """Return the names of scopes that the backend has, as `Backend.scopes`; if that ends meanwhile, of the next."""
+        """Return the names of the backend's scopes, as `Backend.scopes`; those of the next one if it is replaced
+        meanwhile."""
         backend = self.backend
         try:
             return backend.scopes()
@@ -280,7 +282,7 @@ class Parts:
         self.backend = backend
 
     def _replace(self, actor: ScopeActor) -> None:
-        """Put an actor of the new backend in the place of one of the old backend, with the calls that wait there."""
+        """Replace an actor of the old backend by one of the new backend, which gets the waiting calls."""
         if actor.can_leave:
             successor = actor.run_alone(partial(self.directory.replace, actor))
             if successor is not None:
@@ -288,13 +290,14 @@ class Parts:
 
     @exclusive
     def end(self) -> None:
-        """The engine closes: its backend stays the one that it has. Waits for a `take_over` under way."""
+        """Keep the backend from now on, as the engine closes. Waits for a `take_over` in progress."""
         self._ends = True
 
     # ---------------------------------------------------------------------------------------------------- reload
 
     def reconfigure(self, config: Config) -> None:
-        """Apply what can change now: functions, triggers, limits, the save interval. Raises ConfigError, unchanged."""
+        """Apply changes of functions, triggers, limits and the save interval. Changes nothing if it raises
+        ConfigError."""
         check_functions(config)
         self._check_durable_triggers(config)
         before = self._exclusive.run(self._apply, config)
@@ -322,7 +325,7 @@ class Parts:
         return before
 
     def _log_what_waits(self, before: Config, config: Config) -> None:
-        """Log the changes in the file that apply from the next start only."""
+        """Log the changes in the file that apply only from the next start."""
 
         def waits(read: Callable[[Config], object]) -> bool:
             return read(config) != read(before) and read(config) != read(self._started)
@@ -356,7 +359,7 @@ class Parts:
                 except ScopestateError as error:
                     if before is None:
                         raise
-                    # A durable one, whose store failed. The engine runs, and so do the other triggers.
+                    # A durable trigger whose store failed. The engine and the other triggers run.
                     log.error("trigger %r was not changed by the reload: %s", trigger_id, error)  # noqa: TRY400 - the text says it all
                     continue
                 self._warn_of_unknown_functions(trigger)
@@ -364,7 +367,7 @@ class Parts:
         running = {handler.trigger.trigger_id: handler.trigger for handler in self.router.triggers.handlers()}
         for trigger_id in old.keys() - new.keys():
             if running.get(trigger_id) == old[trigger_id]:
-                with suppress(InvalidRegistration):  # it was unregistered just now
+                with suppress(InvalidRegistration):  # it has just been unregistered
                     self.router.triggers.unregister(trigger_id)
 
     def _check_durable_triggers(self, config: Config) -> None:
@@ -412,10 +415,10 @@ def configured_triggers(entries: Iterable[TriggerConfig]) -> list[Trigger]:
 
 
 def _content(entry: TriggerConfig, fields: Mapping[str, Any]) -> str:
-    """Return what tells triggers without an id from each other.
+    """Return what distinguishes triggers without an id.
 
-    That is the consumer, or what is watched and the function. A reload that changes how events are delivered, such as
-    `order` or `debounce`, finds the trigger again, with the events that wait.
+    That is the consumer, or else the function and what is watched. So after a reload that changes how events are
+    delivered, such as `order` or `debounce`, the trigger is recognised and keeps its waiting events.
     """
     if entry.durable is not None:
         return f"config:consumer:{entry.durable}"

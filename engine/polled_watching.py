@@ -1,10 +1,9 @@
-"""Watches of scopes that are kept in another engine: each asks that one for changes as long as it is read.
+"""Watches of scopes that are kept in another engine: each polls that engine for changes while it is read.
 
-A poll is under way while a caller waits for a change, and none else: a caller that does not read lets the other engine
-wait. If the connection is lost, the next poll goes on with the cursor of the last answer.
+A poll is in progress only while a caller waits for a change: if the caller does not read, the other engine keeps the
+changes. If the connection is lost, the next poll continues from the cursor of the last answer.
 
-The cursor of an answer is behind all of its changes. What the caller sees as a cursor is before those that it has not
-read yet.
+The cursor of an answer is after all of its changes. The caller's cursor is before those that it has not read yet.
 """
 
 from __future__ import annotations
@@ -39,11 +38,11 @@ if TYPE_CHECKING:
     from scopestate.engine import Engine
 
 MOST: Final = 1_000
-"""Changes that are asked for at a time."""
+"""Changes requested at a time."""
 AGAIN_S: Final = 0.05
-"""Pause after a poll that has failed because there is no connection."""
+"""Pause in seconds after a poll that has failed because there is no connection."""
 LOOK_S: Final = 1.0
-"""How long a caller whose time is over waits for the other engine to say whether something has changed."""
+"""Seconds that a caller whose timeout is over waits for the other engine to say whether something has changed."""
 _AWAY: Final = (CallTimeout, ConnectionLost, NotConnected)
 
 _ABSENT: Final = msgspec.Raw()
@@ -61,7 +60,7 @@ class _Found(msgspec.Struct):
     initial: bool = False
 
     def change(self) -> Change:
-        """Return it as a watch yields it."""
+        """Return the change as a watch yields it."""
         return Change(
             self.kind,
             self.scope,
@@ -87,31 +86,31 @@ def _json(text: msgspec.Raw) -> bytes | None:
 
 
 class Polled(_Watch):
-    """What is different in a watch that polls."""
+    """The parts of a watch that polls which differ from other watches."""
 
     def __init__(self, engine: Engine, settings: WatchSettings, source: ChangeSource) -> None:
         self._remote = source
         self._polling = False
         self._round = 0
-        """Answers to polls of an earlier round are of no use."""
+        """Answers to polls of an earlier round are ignored."""
         self._answered: str | None = None
-        """The cursor of the next poll. It changes together with what waits."""
+        """The cursor of the next poll. It changes together with the waiting changes."""
         self._more = True
-        """True: the last answer did not have everything that there was."""
+        """True: the last answer was not complete."""
         self._behind: int | None = None
-        """The revision that the first poll goes on behind, in the place of a cursor."""
+        """The revision after which the first poll begins, instead of a cursor."""
         self._before = ""
-        """The cursor that begins with the snapshot again."""
+        """The cursor that starts the snapshot again."""
         self._resynced = False
         self._known: set[tuple[str, str]] = set(settings.known)
         """The keys that the caller has: always with `on_compacted="resync"`, otherwise during a snapshot."""
         self._there: set[tuple[str, str]] = set()
-        """Those of the snapshot."""
+        """The keys of the snapshot."""
         self._error: ScopestateError | None = None
         self._told = ""
         """The cursor of the last mark."""
         self._lookers: list[Reply[None]] = []
-        """Those that wait for the end of a poll, whatever it finds."""
+        """Callers that wait for the end of a poll, whatever it finds."""
         super().__init__(engine, settings)
         key, table = id(self), engine._polled
         table[key] = weakref.ref(self, lambda _: table.pop(key, None))
@@ -122,7 +121,7 @@ class Polled(_Watch):
         settings = self._settings
         since = settings.since
         if type(since) is int:
-            _ = settings.cursor("")  # refuses one that makes no sense
+            _ = settings.cursor("")  # refuses an invalid cursor
             self._behind = since
         elif since is not None:
             settings.check_cursor(read_cursor(since))
@@ -165,7 +164,7 @@ class Polled(_Watch):
         return asked | {name: value for name, value in given.items() if value is not None}
 
     def _take_in(self, text: bytes) -> None:
-        """Take an answer. One at a time."""
+        """Take in an answer. Called for one answer at a time."""
         answer = _decode(text)
         changes = [found.change() for found in answer.changes]
         if self._settings.resync or self._snapshot:
@@ -217,14 +216,14 @@ class Polled(_Watch):
     # -------------------------------------------------------------------------------------------------------- polling
 
     def _begin_poll(self) -> bool:
-        """Return whether there is no poll under way; then there is one from now on."""
+        """Note that a poll begins, unless one is in progress: then return False."""
         if self._polling or self._watcher.closed or self._error is not None:
             return False
         self._polling = True
         return True
 
     def _poll_soon(self, *, waits: bool = True) -> bool:
-        """Have a poll under way, unless there is one: then False is returned. From any thread."""
+        """Start a poll, unless one is in progress: then return False. From any thread."""
         if not self._exclusive.run(self._begin_poll):
             return False
         try:
@@ -244,7 +243,7 @@ class Polled(_Watch):
         return True
 
     def _polled(self, asked_in: int, text: bytes | None, error: ScopestateError | None) -> None:
-        """Take what has come of a poll. On the thread of the connection."""
+        """Take the outcome of a poll. On the thread of the connection."""
         if asked_in != self._round:
             return
         again: Callable[[], None] = self._poll_if_awaited
@@ -271,10 +270,10 @@ class Polled(_Watch):
             again()
 
     def _begins_anew(self, error: ScopestateError | None) -> bool:
-        """Return whether to go on with a snapshot: the changes are gone, or the rest of a snapshot is."""
+        """Return whether to begin again with a snapshot: the changes, or the rest of a snapshot, are gone."""
         if isinstance(error, Compacted):
             return bool(self._settings.resync)
-        # The pages of a snapshot are of one moment, and of one connection.
+        # The pages of a snapshot belong to one moment and one connection.
         return isinstance(error, InvalidCursor) and self._snapshot and self._answered is not None
 
     def _poll_if_awaited(self) -> None:
@@ -282,7 +281,7 @@ class Polled(_Watch):
             self._poll_soon()
 
     def _look_steps(self) -> Steps[None]:
-        """Have the other engine say whether something has changed by now."""
+        """Ask the other engine whether something has changed by now."""
         if self.over or self._watcher.has_next():
             return
         dispatcher = self._engine._parts.dispatcher
@@ -298,7 +297,7 @@ class Polled(_Watch):
             self._end_look(looker)
 
     def _ask_beside(self, looker: Reply[None]) -> None:
-        """A poll is under way, and waits. Wait for its answer only if there is something that it will bring."""
+        """Wait for the answer of the poll in progress, but only if it will bring something."""
         asked_in, cursor = self._round, self._answered
 
         def answered(text: bytes | None, error: ScopestateError | None) -> None:
@@ -325,9 +324,9 @@ class Polled(_Watch):
     # ---------------------------------------------------------------------------------------------------- taking over
 
     def prepare(self) -> None:
-        """The scopes are about to be in this engine: have what comes entered, until a poll goes on from its cursor.
+        """Keep changes from now on, as this engine takes over the scopes, until a poll continues from its cursor.
 
-        Nothing of the other engine is under way, and nothing is changed here yet.
+        At this time no call to the other engine is in progress, and nothing is changed here yet.
         """
         self._round += 1
         self._polling = False
@@ -338,7 +337,7 @@ class Polled(_Watch):
             )
 
     def go_on(self, source: ChangeSource) -> None:
-        """Poll this one from now on."""
+        """Poll `source` from now on."""
         self._remote = source
         self._watcher.wake()
 
@@ -356,7 +355,7 @@ class Polled(_Watch):
         return change
 
     def _has_begun(self) -> bool:
-        """Return whether the snapshot was read, or what was missed."""
+        """Return whether the snapshot, or the missed changes, have been read."""
         if (self._settings.snapshot and self._settings.since is None) or self._resynced:
             return self._answered is not None and not self.in_snapshot
         return not (self._more or self._watcher.has_next())
@@ -373,7 +372,7 @@ class Polled(_Watch):
         return None if known else self._mark("progress", cursor)
 
     def _first(self) -> Change | None:
-        """Return the change that is taken next; None: none waits."""
+        """Return the next change; None if none waits."""
         watcher = self._watcher
         try:
             return watcher.pending[0] if watcher.newest is None else next(iter(watcher.newest.values()), None)
@@ -388,7 +387,7 @@ class Polled(_Watch):
 
     @property
     def over(self) -> bool:
-        """True if no more changes are taken in."""
+        """True if it takes no more changes."""
         return self._watcher.is_over() or self._error is not None
 
     @property
@@ -437,7 +436,7 @@ _decode: Final = msgspec.json.Decoder(_Answer).decode
 
 
 class PolledChanges(Polled, Changes[T], Generic[T]):
-    """A watch of scopes in another engine, or that were in one when it began."""
+    """A watch of scopes that are in another engine, or were when it began."""
 
 
 class AioPolledChanges(Polled, AioChanges[T], Generic[T]):
@@ -445,12 +444,12 @@ class AioPolledChanges(Polled, AioChanges[T], Generic[T]):
 
 
 def watch_now(engine: Engine, settings: WatchSettings) -> Changes:
-    """Open a watch, of the kind that the scopes of the engine need. Raises as `Engine.watch`."""
+    """Open a watch of the kind that the engine's scopes need. Raises as `Engine.watch`."""
     source = engine._parts.backend.changes
     return Changes(engine, settings) if source is None else PolledChanges(engine, settings, source)
 
 
 def watch_later(engine: Engine, settings: WatchSettings) -> AioChanges:
-    """Return a watch for asyncio, of the kind that the scopes of the engine need."""
+    """Return a watch for asyncio of the kind that the engine's scopes need."""
     source = engine._parts.backend.changes
     return AioChanges(engine, settings) if source is None else AioPolledChanges(engine, settings, source)

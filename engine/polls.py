@@ -1,8 +1,8 @@
-"""`state::changes`: polls for changes, each answered with what has come since the one before.
+"""`state::changes`: polls for changes, each answered with the changes since the one before.
 
-Between two polls the watch behind them is kept, for a minute: the next poll, which has the cursor of the last answer,
-goes on with it. Nothing depends on that but time: without it, the cursor says where to go on. Only a snapshot is read
-to its end by polls that come in time.
+Between two polls their watch is kept for a minute: the next poll, with the cursor of the last answer, continues with
+it. This only saves time: without the watch, the cursor says where to continue. Only to read a snapshot to its end must
+the polls come in time.
 """
 
 from __future__ import annotations
@@ -43,30 +43,30 @@ if TYPE_CHECKING:
     _Watch = Changes | AioChanges
 
 KEPT: Final = 16
-"""Watches that are kept for one caller, between its polls."""
+"""Watches that are kept for one caller between its polls."""
 KEPT_FOR_A_FOLLOWER: Final = 1_000
-"""As KEPT, for an engine that follows: it polls for each watch. A closed one is kept until its time is over."""
+"""As KEPT, for a follower, which polls for each of its watches. A closed watch is kept until its time is over."""
 KEPT_S: Final = 60.0
-"""How long one is kept."""
+"""Seconds for which a watch is kept."""
 ACTIVE_S: Final = 0.25
-"""A caller that has polled within this time is taken to poll again at once."""
+"""A caller whose poll ended less than this many seconds ago is expected to poll again at once."""
 SOONEST_S: Final = 1.0
-"""The shortest pause between two looks for those whose time is over."""
+"""The shortest pause between two looks for watches whose time is over."""
 MOST_POLLS: Final = 64
-"""Polls of one caller that may be in progress."""
+"""Polls of one caller that may be in progress at the same time."""
 SNAPSHOTS: Final = 16
-"""Snapshots of one engine that polls are reading."""
+"""Snapshots of one engine that polls may be reading at the same time."""
 SNAPSHOTS_OF_A_SHARE: Final = 4
 BUFFER: Final = 2_000
-"""Changes that wait in a watch that is kept; with more, the next poll looks for them where they are kept."""
+"""Changes that may wait in a kept watch; with more, the next poll reads them from the ring or the journal."""
 PROGRAM_LATER: Final = Caller()
-"""The program, by asyncio: its watches are of another kind."""
+"""The program when it uses asyncio: its watches are of another kind."""
 SNAPSHOT: Final = "poll."
-"""How cursors within a snapshot begin; those of watches have no full stop."""
+"""The prefix of cursors within a snapshot. Cursors of watches have no full stop."""
 
 
 class _Watched:
-    """A watch, and what the last poll has read of it too far."""
+    """A watch, and the change that the last poll has read but could not send."""
 
     __slots__ = ("ahead", "asked", "caller", "snapshot", "until_s", "watch")
 
@@ -78,10 +78,10 @@ class _Watched:
         """A change that did not fit into the last answer."""
         self.until_s = 0.0
         self.snapshot = snapshot
-        """True while it may be that a poll reads its snapshot."""
+        """True while polls may be reading its snapshot."""
 
     def is_behind(self) -> bool:
-        """Return whether there is something to read at once."""
+        """Return whether something can be read at once."""
         return self.ahead is not None or self.watch.has_ready
 
 
@@ -92,28 +92,28 @@ class _Open(NamedTuple):
 
 
 class _Names(NamedTuple):
-    """A step: name the scopes of which there would be a snapshot."""
+    """A step: name the scopes that a snapshot would include."""
 
     watch: WatchSettings
 
 
 class _Size(NamedTuple):
-    """A step: count the keys that a snapshot would have."""
+    """A step: count the keys that a snapshot would include."""
 
     scope: str
     within: Range
 
 
 class _Entered(NamedTuple):
-    """A step: wait until the changes that were made by now are in the feed."""
+    """A step: wait until every change made by now is in the feed."""
 
 
 class _Settled(NamedTuple):
-    """A step: wait for the commits that have begun by now, which hold back what comes behind them."""
+    """A step: wait for the commits that have begun by now, which hold back later changes."""
 
 
 class _Next(NamedTuple):
-    """A step: the next change of a watch, None if it does not come in time."""
+    """A step: get the next change of a watch; None if none comes in time."""
 
     watch: _Watch
     timeout_s: float
@@ -132,16 +132,16 @@ class Polls:
         self._kept: dict[tuple[Caller, str, tuple[Any, ...]], _Watched] = {}
         self._polling: Counter[Caller] = Counter()
         self._armed = False
-        """True if the watches that are kept are looked at when the time of one is over."""
+        """True if a look at the kept watches is scheduled, for when the time of one is over."""
         self._open_now: dict[_Watched, None] = {}
         """The watches of polls in progress."""
         self._cut: dict[Caller, float] = {}
-        """Callers whose last answer did not have all that there was -> when it was made."""
+        """Callers whose last answer was not complete -> when it was made."""
         self._snapshots: Counter[Hashable] = Counter()
-        """Share -> snapshots that its polls are reading."""
+        """Share -> number of snapshots that its polls are reading."""
 
     def answer(self, payload: object) -> bytes:
-        """Answer a poll of the program, as JSON text; wait on this thread. Raises as `answer_later`."""
+        """Answer a poll of the program as JSON text; this thread waits. Raises as `answer_later`."""
         steps = self._begin(payload, PROGRAM, lambda scope: True)
         try:
             step = next(steps)
@@ -170,7 +170,7 @@ class Polls:
             case _Settled():
                 return self._engine._snapshot.ask(Commit()).get()
             case _Next(watch=watch, timeout_s=timeout_s):
-                assert isinstance(watch, Changes)  # `_take` gives no other to this caller
+                assert isinstance(watch, Changes)  # `_take` gives this caller no other kind
                 try:
                     return watch.get(timeout_s)
                 except TimeoutError:
@@ -181,8 +181,8 @@ class Polls:
     ) -> Coroutine[Any, Any, bytes]:
         """Begin a poll, and return the coroutine that answers it as JSON text, without blocking the event loop.
 
-        What is changed after this has returned is in its watch. Cancelling the task that awaits it ends the poll.
-        `readable(scope)`: changes of other scopes are not told; asked for each answer anew. Raises
+        The poll's watch includes every change made after this has returned. Cancelling the awaiting task ends the poll.
+        Changes of scopes for which `readable(scope)` is false are left out; it is asked again for each answer. Raises
         DeserializationError, InvalidPageLimits, InvalidCursor, Compacted, SnapshotCapacity, Overloaded, Unsupported and
         EngineClosed.
         """
@@ -233,7 +233,7 @@ class Polls:
                     return None
 
     def are_behind(self) -> bool:
-        """Return whether a follower that polls again and again has not had everything yet. From any thread."""
+        """Return whether a follower that keeps polling has not got every change yet. From any thread."""
         soon_s = self._engine._parts.dispatcher.monotonic() - ACTIVE_S
         if any(cut_s > soon_s for cut_s in list(self._cut.values())):
             return True
@@ -300,7 +300,7 @@ class Polls:
                     try:
                         change = yield _Next(watched.watch, wait_s)
                     except WatchOverrun:
-                        # What it has missed is in the ring, or in the journal.
+                        # The changes that it has missed are in the ring or in the journal.
                         answer.more = True
                         if not caller.limited:
                             self._cut[caller] = now_s()
@@ -308,7 +308,7 @@ class Polls:
                     except EngineClosed:
                         if not answer.changes and (caller.limited or not self._engine._router.feed.ended):
                             raise
-                        # The last changes, or that there are no more: the next owner goes on behind them.
+                        # These are the last changes, or there are no more: the next owner continues after them.
                         return self._finish(watched, answer, kept=False)
                     if change is None:
                         break
@@ -380,7 +380,7 @@ class Polls:
 
     def _finish(self, watched: _Watched, answer: _Answer, *, kept: bool) -> bytes:
         watch, last, ahead = watched.watch, answer.last, watched.ahead is not None
-        # A change behind the snapshot that did not fit: the cursor behind the snapshot is not known any more.
+        # A change after the snapshot that did not fit: the cursor at the end of the snapshot is no longer known.
         reading = watched.snapshot and (watch.in_snapshot or (ahead and last is not None and last.initial))
         if reading:
             cursor = SNAPSHOT + os.urandom(18).hex()
@@ -405,7 +405,7 @@ class Polls:
     # ------------------------------------------------------------------------------------------------ between polls
 
     def _take(self, poll: Poll, caller: Caller) -> _Watched | None:
-        """Return the watch that was kept for a poll, if it asks for the same."""
+        """Return the watch that was kept for a poll, if the poll asks for the same changes."""
         if poll.cursor is None or poll.once:
             return None
         name = caller, poll.cursor, _filter_of(poll)
@@ -468,7 +468,7 @@ class _Answer:
         self._tell = poll.tell
         self.changes: list[bytes] = []
         self.last: Change | None = None
-        """The last change that it tells of, or passes over."""
+        """The last change that it contains or leaves out."""
         self.more = False
 
     @property

@@ -21,20 +21,20 @@ if TYPE_CHECKING:
     from scopestate.engine import Engine
 
 MOST_ASKED: Final = 200
-"""Scopes of Redis, or of another engine, that are asked at a time: each costs two calls."""
+"""Scopes in Redis or in another engine that are read at a time: each takes two calls."""
 SAMPLE: Final = 1_000
 """Values of a scope that are measured; the size of a larger scope is estimated from them."""
 _NOTHING: Final = Range(limit=0)
 
 
 MOST_SCOPES: Final = 100
-"""The largest scopes, and as many of the most written ones, are told."""
+"""The number of largest scopes that are reported, and of the most written ones."""
 
 
 def figures_of(engine: Engine, scopes: ScopeFigures) -> dict[str, Any]:
     """Return the figures of an engine as JSON values. From any thread, but one call at a time for `scopes`.
 
-    What cannot be read, because Redis is away for example, is left out, and `problem` says why.
+    Figures that cannot be read, for example because Redis is down, are left out, and `problem` says why.
     """
     from scopestate import __version__  # noqa: PLC0415 - of the package that imports this module
 
@@ -44,7 +44,7 @@ def figures_of(engine: Engine, scopes: ScopeFigures) -> dict[str, Any]:
     problem = None
     try:
         found = scopes.read(MOST_SCOPES)
-        if stats.sharing is None or stats.sharing.role != "follower":  # the owner has them
+        if stats.sharing is None or stats.sharing.role != "follower":  # the owner reports them
             consumers = [one.to_dict() for one in engine.consumers()]
     except ScopestateError as error:
         problem = str(error)
@@ -67,11 +67,11 @@ class ScopeFigure(Plain, msgspec.Struct, frozen=True):
     scope: str
     keys: int
     bytes: int | None
-    """Size of its values as JSON, estimated for more than 1,000 keys; None: they are not in this engine."""
+    """Size of its values as JSON, estimated for more than 1,000 keys; None: the values are not in this engine."""
     revision: int | None
     """The number of its last write; None: it is not known."""
     writes_per_s: float | None
-    """Writes in each second since the reading before; None in the first one."""
+    """Writes per second since the previous reading; None in the first reading."""
 
 
 class ScopeFigures:
@@ -87,16 +87,16 @@ class ScopeFigures:
         self._read_at: float | None = None
 
     def read(self, most: int) -> tuple[int, list[ScopeFigure]]:
-        """Return the number of scopes, and the largest and the most written ones, `most` of each at the most.
+        """Return the number of scopes, and at most `most` of the largest and of the most written ones.
 
-        Of local scopes those in memory count: looking at one does not load it. Raises ScopestateError.
+        Only local scopes that are in memory count: reading the figures loads none. Raises ScopestateError.
         """
         found = self._local() if isinstance(self._engine._parts.backend, LocalBackend) else self._elsewhere()
         now = self._clock()
         since_s = None if self._read_at is None else now - self._read_at
         rates: dict[str, float] = {}
         if since_s:
-            # A scope that was not there before may have been loaded since then: its writes are not of this time.
+            # A scope that was not there before may have been loaded since: its writes were not made in this time.
             rates = {
                 scope: max(revision - self._before.get(scope, revision), 0) / since_s
                 for scope, (_, revision) in found.items()
@@ -121,7 +121,7 @@ class ScopeFigures:
 
     def _elsewhere(self) -> dict[str, tuple[int, int | None]]:
         engine = self._engine
-        numbered = isinstance(engine._parts.config.adapter.config, RedisOptions)  # others tell no number of a scope
+        numbered = isinstance(engine._parts.config.adapter.config, RedisOptions)  # others do not report the revision of a scope
         found: dict[str, tuple[int, int | None]] = {}
         for scope in engine.list_groups()[:MOST_ASKED]:
             revision: int | None = None

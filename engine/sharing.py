@@ -1,9 +1,10 @@
-"""Several processes, one directory: which engine owns it, and what the others do when the owner ends.
+"""Several processes with one directory: which engine owns it, and what the others do when the owner ends.
 
-The lock of the directory decides which engine owns it; the socket in it only serves. The owner is an engine as any
-other, with a thread beside it that waits for connections. A follower is a bridge to it: when its connection is lost, a
-thread of its own takes the lock, opens the store and has the engine go on with it, or the bridge connects to the engine
-that was faster (docs/design/0052-several-processes.md).
+The lock of the directory decides which engine owns it; the socket in the directory is only for connections. The owner
+is an ordinary engine with an additional thread that waits for connections. A follower uses a bridge to the owner. When
+its connection is lost, a thread of the follower tries to take the lock: if that succeeds, it opens the store and the
+engine continues with it; otherwise the bridge connects to the engine that was faster
+(docs/design/0052-several-processes.md).
 """
 
 from __future__ import annotations
@@ -48,22 +49,22 @@ if TYPE_CHECKING:
 log = logging.getLogger("scopestate.sharing")
 
 LIBRARIES: Final = ("picows", "websockets")
-"""What the extra `wire` brings."""
+"""The libraries of the extra `wire`."""
 FIRST_PAUSE_S: Final = 0.005
 LONGEST_PAUSE_S: Final = 0.04
-"""Between two attempts to take the lock, while there is no connection."""
+"""Longest pause between two attempts to take the lock, while there is no connection."""
 RETRY_S: Final = 1.0
-"""Pause after the store could not be opened."""
+"""Pause in seconds after the store could not be opened."""
 TOOL: Final = "a command-line tool has opened it, and will soon have ended"
 OPEN_S: Final = 30.0
-"""How long an engine that is opened waits at least for the owner, which may be opening a large store."""
+"""Shortest time in seconds that a new engine waits for the owner, which may be opening a large store."""
 LASTS_S: Final = 1.0
-"""A connection that is lost for so long is worth a warning."""
+"""A warning is logged if the connection is lost for this many seconds."""
 SURE_S: Final = 0.1
-"""For so long the record of a process that shares nothing must stand before it is believed."""
+"""Seconds for which the record of a process that does not share must stay unchanged before it is believed."""
 
 FOLLOWED_FILE: Final = "state.followed"
-"""Is there from the first follower of an owner on, until the next owner has seen it."""
+"""This file exists from the owner's first follower on, until the next owner has seen it."""
 SERVER: Final = "scopestate.server.followers"
 """The module of the server for followers: it is in a higher layer, and brings asyncio and picows."""
 
@@ -81,7 +82,7 @@ class SharingStatus(Plain, msgspec.Struct, frozen=True):
     since: str
     """When the owner opened the directory, in UTC, as `2026-01-31T12:00:00Z`."""
     followers: int | None
-    """How many engines follow; None in a follower, which does not know."""
+    """How many engines follow; None in a follower, which does not know the number."""
     taken_over: bool = False
     """Whether this engine has followed before it became the owner."""
     alone: str | None = None
@@ -95,7 +96,7 @@ class Serving(Protocol):
         """Serve on this thread until `stop` is called on another one."""
 
     def end(self) -> None:
-        """Have it close every connection, and return from `run`. Idempotent; does not wait."""
+        """Close every connection and make `run` return. Idempotent; does not wait."""
 
     def followers(self) -> int:
         """Return how many engines follow."""
@@ -108,12 +109,12 @@ class Serving(Protocol):
 
 
 class Sharing:
-    """The part of one engine. Every method may be called from any thread."""
+    """One engine's part in sharing a directory. Every method may be called from any thread."""
 
     def __init__(self, config: Config, durability_of: Callable[[str], Durability], *, tool: bool = False) -> None:
         """`config` has a directory. `tool`: follow if the directory is in use, and let no other engine follow."""
         self.directory = ""
-        """Its real path; "" before `open`."""
+        """The real path of the directory; "" before `open`."""
         self._kv = config.adapter.kv
         self._call_timeout_ms = config.limits.call_timeout_ms
         self._settings = _settings_of(config)
@@ -124,7 +125,8 @@ class Sharing:
         self._role: Literal["owner", "follower"] = "owner"
         self._taken_over = False
         self._problem = ""
-        """Why a follower could not open the store when the last owner had ended, or why an owner serves no others now.
+        """Why a follower could not open the store after the last owner had ended, or why an owner does not serve others
+        now.
 
         "": neither is so.
         """
@@ -137,15 +139,15 @@ class Sharing:
         self._listener: Listener | None = None
         self._server: Serving | None = None
         self.succeeds = False
-        """True of an owner after another one that had followers: they come with their cursors, and with what they are
-        handling."""
+        """True for an owner whose predecessor had followers: they connect with their cursors, and with the events that
+        they are handling."""
         self._wakers: tuple[socket.socket, ...] = ()
         self._serving: threading.Thread | None = None
         self._watching: threading.Thread | None = None
         self._lost: Inbox[None] = Inbox()
-        """Wakes the thread of a follower: the connection to the owner may be lost, or the engine closes."""
+        """Wakes the thread of a follower when the connection to the owner may be lost, or when the engine closes."""
         self._orderly = False
-        """Whether the owner has ended the last connection in order."""
+        """Whether the owner has said goodbye on the last connection."""
         self._reason = ""
         """Why there is no connection."""
         self._ends = False
@@ -154,7 +156,8 @@ class Sharing:
     # ---------------------------------------------------------------------------------------------------------- opening
 
     def open(self) -> Backend:
-        """Open the directory, or follow the engine that has it open. Raises StorageError, and StoreLocked: neither."""
+        """Open the directory, or follow the engine that has it open. Raises StorageError; StoreLocked if neither
+        works."""
         from scopestate.persistence.sqlite.opening import open_directory  # noqa: PLC0415 - SQLite takes 12 ms to import
 
         self.directory = open_directory(self._kv.file_path)
@@ -162,7 +165,7 @@ class Sharing:
         try:
             return self._own()
         except StoreLocked as locked:
-            # Perhaps by an engine that the program has dropped, and that is being closed at this moment.
+            # Perhaps it is held by an engine that the program has dropped and that is just being closed.
             if wait_for_dropped():
                 with contextlib.suppress(StoreLocked):
                     return self._own()
@@ -190,17 +193,18 @@ class Sharing:
 
     @property
     def _mark(self) -> str:
-        """The file that says that the owner has, or had, followers. It goes when an owner without any closes."""
+        """The file that says that the owner has or had followers. An owner without followers removes it when it
+        closes."""
         return os.path.join(self.directory, FOLLOWED_FILE)
 
     def _follow(self) -> Backend:
-        """Connect to the owner; open the directory if it ends meanwhile. Raises StoreLocked and StorageError."""
+        """Connect to the owner; if it ends meanwhile, open the directory. Raises StoreLocked and StorageError."""
         from scopestate.persistence.bridge.backend import BridgeBackend  # noqa: PLC0415 - brings a WebSocket library
         from scopestate.persistence.bridge.options import BridgeOptions  # noqa: PLC0415 - as above
 
         wait_ms = self._kv.connect_wait_ms
         wait_s = max(wait_ms / 1000, OPEN_S)
-        timeout_ms = self._call_timeout_ms * 2 // 3 or 20_000  # before the engine's own, which says less
+        timeout_ms = self._call_timeout_ms * 2 // 3 or 20_000  # shorter than the engine's own timeout, whose error says less
         options = BridgeOptions(
             connect_wait_ms=wait_ms, call_timeout_ms=max(1, min(timeout_ms, 20_000)), events="remote"
         )
@@ -220,7 +224,7 @@ class Sharing:
     def _wait_for_owner(self, follower: BridgeBackend, deadline: float) -> Backend:
         pause_s, alone_since = FIRST_PAUSE_S, 0.0
         while True:
-            # Short first: a connection takes a few milliseconds.
+            # Short at first: a connection takes a few milliseconds.
             until = time.monotonic() + pause_s
             while time.monotonic() < until:
                 if follower.connected:
@@ -231,7 +235,7 @@ class Sharing:
                 return self._own()
             except StoreLocked as locked:
                 now = time.monotonic()
-                # A record may be that of an earlier process, until the one that has the lock has written its own.
+                # The record may be that of an earlier process, until the process that has the lock has written its own.
                 holder = self._holder()
                 if locked.alone is None or holder is None or holder.passing or not holder.may_live():
                     alone_since = 0.0
@@ -245,7 +249,7 @@ class Sharing:
                     raise _refused(locked, silent, silent) from locked.__cause__
 
     def start(self, engine: Engine) -> None:
-        """The engine is complete: serve the followers, or watch the owner."""
+        """Serve the followers or watch the owner, now that the engine is complete."""
         self._engine, self._parts = weakref.ref(engine), weakref.ref(engine._parts)
         if self._role == "owner":
             self._serve()
@@ -256,7 +260,7 @@ class Sharing:
     # ----------------------------------------------------------------------------------------------------- as the owner
 
     def _serve(self) -> None:
-        """Listen; the rest is done when a follower connects."""
+        """Listen. Everything else is done when a follower connects."""
         if self._alone is not None:
             log.info("%s is not shared with other processes: %s", self.directory, self._alone)
             return
@@ -269,7 +273,7 @@ class Sharing:
             self._wakers = socketpair()
             serving = threading.Thread(target=self._wait_for_followers, name="scopestate-owner", daemon=True)
             serving.start()
-        except (OSError, RuntimeError) as error:  # RuntimeError: there can be no more threads
+        except (OSError, RuntimeError) as error:  # RuntimeError: no more threads can be started
             if self._listener is not None:
                 self._listener.close()
             what = "socket can be made in" if isinstance(error, OSError) else "thread can be started for"
@@ -281,7 +285,7 @@ class Sharing:
         self._serving = serving
 
     def _wait_for_followers(self) -> None:
-        """Serve the followers. If that fails, try again a moment later: the directory stays with this engine."""
+        """Serve the followers. If that fails, try again a moment later: this engine stays the owner."""
         told = False
         while not self._ends:
             try:
@@ -292,7 +296,7 @@ class Sharing:
                     log.exception("the engines of other processes cannot be served in %s now", self.directory)
                 self._problem = f"the engines of other processes cannot be served now: {error}"
                 if self._listener is not None:
-                    self._listener.close()  # or what connects would wait without end
+                    self._listener.close()  # otherwise connecting engines would wait without end
                 self._wakers[0].settimeout(RETRY_S)
                 with contextlib.suppress(OSError):
                     self._wakers[0].recv(1)
@@ -321,7 +325,7 @@ class Sharing:
             self._server.run()
 
     def hold(self, timeout_s: float, *, handlers_may: bool) -> None:
-        """Before the engine closes: begin no more calls of followers, and wait for those that were begun."""
+        """Begin no more calls of followers before the engine closes, and wait for those that have begun."""
         if self._server is not None:
             self._server.hold(timeout_s, handlers_may=handlers_may)
 
@@ -356,7 +360,7 @@ class Sharing:
         return f"the owner of {self.directory} is {holder.describe()}{stopped and f'. {stopped}'}"
 
     def _why_silent(self, holder: Holder | None) -> str:
-        """Say more of an owner that cannot be reached, for the end of a sentence; "" if no more is known."""
+        """Return details about an owner that cannot be reached, for the end of a sentence; "" if none are known."""
         from scopestate.persistence.sharing.sockets import has_socket  # noqa: PLC0415 - as in `_serve`
 
         if holder is not None and (stopped := _why_stopped(holder)):
@@ -366,13 +370,13 @@ class Sharing:
         return self._reason and f" ({self._reason})"
 
     def _watch_owner(self) -> None:
-        """While the connection is lost, try to own the directory; on a thread of its own."""
+        """Try to own the directory while the connection is lost. Runs on a thread of its own."""
         follower = self._follower
         assert follower is not None
         while True:
             self._lost.get()
             if follower.connected and not self._ends:
-                continue  # it was an attempt to connect that failed, and another one did not
+                continue  # one attempt to connect failed, but another one succeeded
             pause_s, began, told = FIRST_PAUSE_S, time.monotonic(), False
             while not self._ends and not follower.connected:
                 if self._take_over(began):
@@ -401,7 +405,7 @@ class Sharing:
         self._compare_settings()
 
     def _compare_settings(self) -> None:
-        """Log what the owner has otherwise than this engine. Once for each owner."""
+        """Log the settings in which the owner differs from this engine, once for each owner."""
         holder = self._holder()
         if holder is None or holder.pid == self._known_owner:
             return
@@ -416,7 +420,7 @@ class Sharing:
             )
 
     def _take_over(self, lost_at: float) -> bool:
-        """Own the directory, if no process does. False: try again later."""
+        """Become the owner if no process is. False: try again later."""
         try:
             backend = self._own(existing=True)
         except StoreLocked:
@@ -457,7 +461,8 @@ class Sharing:
     # ----------------------------------------------------------------------------------------------------------- ending
 
     def end_following(self) -> None:
-        """Take the directory over no more: the engine closes. Waits for a take-over that is under way. Idempotent."""
+        """Do not take over the directory from now on, as the engine closes. Waits for a take-over in progress.
+        Idempotent."""
         self._ends = True
         self._lost.put(None)
         thread = self._watching
@@ -465,7 +470,7 @@ class Sharing:
             join(thread)
 
     def end(self) -> None:
-        """Say goodbye to the followers and stop serving; the lock is released behind this. Idempotent."""
+        """Say goodbye to the followers and stop serving. The lock is released after this. Idempotent."""
         if os.getpid() != self._pid:
             return
         self.end_following()
@@ -498,7 +503,7 @@ class Sharing:
 
     @property
     def role(self) -> Literal["owner", "follower"]:
-        """As in `SharingStatus`, known without a look at the directory."""
+        """As in `SharingStatus`, without reading the directory."""
         return self._role
 
     def status(self) -> SharingStatus:
@@ -517,7 +522,7 @@ class Sharing:
         )
 
     def problem(self) -> str | None:
-        """Return what is wrong now, in words; None if all is well."""
+        """Describe what is wrong now; None if nothing is."""
         if self._problem or self._role == "owner":
             return self._problem or None
         if not os.path.isdir(self.directory):
@@ -533,7 +538,7 @@ class Sharing:
 
 
 def _settings_of(config: Config) -> dict[str, str]:
-    """Return what must be the same in all engines of a directory, or those of the owner count."""
+    """Return the settings that should be the same in all engines of a directory; otherwise the owner's apply."""
     limits = config.limits
     compared: dict[str, object] = {
         "durability": config.adapter.kv.durability,
@@ -547,12 +552,12 @@ def _settings_of(config: Config) -> dict[str, str]:
 
 
 def _as_json(value: object) -> object:
-    """Return what stands for a schema; a type or a function is compared by its name."""
+    """Return a value that stands for a schema; a type or a function is compared by its name."""
     return value.documents() if isinstance(value, JsonSchema) else getattr(value, "__qualname__", repr(value))
 
 
 def _why_alone(kv: KvOptions, directory: str) -> str | None:
-    """Return why an engine shares no directory; None: it does."""
+    """Return why an engine does not share its directory; None: it does."""
     from scopestate.persistence.sharing.sockets import why_not_private  # noqa: PLC0415 - only for stores of files
 
     if not kv.shares:
@@ -572,7 +577,7 @@ def _is_installed(name: str) -> bool:
 
 
 def _why_stopped(holder: Holder) -> str:
-    """Return a sentence about a process that is stopped; "": it runs, or the system does not tell."""
+    """Return a sentence about a process that is stopped; "" if it runs, or if that is not known."""
     from scopestate.persistence.sharing.sockets import is_stopped  # noqa: PLC0415 - as in `Sharing._serve`
 
     if not holder.is_here or not is_stopped(holder.pid):
@@ -581,7 +586,7 @@ def _why_stopped(holder: Holder) -> str:
 
 
 def _why_the_owner(locked: StoreLocked) -> str:
-    """Say that it is the owner which does not share, and why."""
+    """Say that the owner does not share the directory, and why."""
     from scopestate.persistence.sqlite.lock import NOT_SHARED  # noqa: PLC0415 - as in `Sharing.open`
 
     name = "the other process" if locked.pid is None else f"process {locked.pid}"

@@ -7,10 +7,11 @@
     {"end":true,"scopes":1,"keys":1}
 
 The keys of a scope are in the order in which they were first set; those of Redis are sorted. `revision` of a scope is
-the number of its last write, `expires_at` and `time` are milliseconds since the epoch; what is not known or not set is
-left out. The first and the last line may both be left out, so any list of `scope`, `key`, `value` objects can be
-imported. A file with the first and without the last was cut off. An empty file is refused, since a command that failed
-leaves one. Files of format 1 can be imported too: they have `sequence` for the revision of a scope, and no others.
+the number of its last write, `expires_at` and `time` are milliseconds since the epoch; fields that are unknown or not
+set are left out. The first and the last line may both be left out, so any list of `scope`, `key`, `value` objects can
+be imported. A file that has only the first of the two was cut off. An empty file is refused, since a command that
+failed leaves one. Files of format 1 can be imported too: they have `sequence` for the revision of a scope, and no other
+revisions.
 """
 
 from __future__ import annotations
@@ -69,13 +70,13 @@ class SharedState(Protocol):
         """Return the scopes that hold a key."""
 
     def read(self, scope: str) -> dict[str, Entry]:
-        """Return what a scope holds now. Revision 0: not known."""
+        """Return the current entries of a scope. Revision 0: not known."""
 
     def write(self, changes: Mapping[str, Mapping[str, Entry | None]]) -> None:
         """Set keys, or delete them (None), in several steps: on a raise, some of them may be written.
 
-        The state gives revisions of its own. Raises Unsupported, before anything is sent, for a deadline that it
-        cannot keep.
+        The state assigns its own revisions. Raises Unsupported, before anything is sent, for a deadline that it cannot
+        keep.
         """
 
     def close(self) -> None:
@@ -101,7 +102,7 @@ class SharedReader:
         yield from self._state.read(scope).items()
 
     def answers(self, scope: str) -> Mapping[str, Answer]:
-        """Return nothing: they are kept where other programs do not read them."""
+        """Return nothing: other programs cannot read these answers."""
         return {}
 
 
@@ -255,7 +256,7 @@ def _check_format(found: int) -> None:
 
 
 class Imported(msgspec.Struct):
-    """What an import has done."""
+    """The result of an import."""
 
     keys: int = 0
     expired: int = 0
@@ -265,15 +266,15 @@ class Imported(msgspec.Struct):
     left_out: int = 0
     """Kept answers that were left out, because other engines do not take them."""
     renumbered: bool = False
-    """True if keys have got other revisions than in the export."""
+    """True if some keys got other revisions than in the export."""
 
 
 def import_whole(lines: Iterable[bytes], store: FileAdapter, progress: Progress = _untold) -> Imported:
     """Write an export into a store, as one transaction.
 
-    Existing keys are overwritten and keep their place. A key keeps its revision if the store has not given that number
-    in its scope; otherwise it gets a new one, since numbers never repeat. `progress(keys)` is called after each batch.
-    Raises DeserializationError for a bad line, StorageError for a store that fails; then nothing was written.
+    Existing keys are overwritten and keep their place. A key keeps its revision unless the store has already given that
+    number in its scope: then it gets a new one, since numbers never repeat. `progress(keys)` is called after each
+    batch. Raises DeserializationError for a bad line and StorageError if the store fails; then nothing was written.
     """
     store.clock_ms = max(store.clock_ms, time.time_ns() // 1_000_000)
     collector = _Collector(store, store.clock_ms)
@@ -291,7 +292,7 @@ def import_whole(lines: Iterable[bytes], store: FileAdapter, progress: Progress 
 def import_in_steps(lines: Iterable[bytes], state: SharedState, progress: Progress = _untold) -> Imported:
     """As `import_whole`, into Redis or a running engine. If it fails, the batches before that are written.
 
-    Revisions are those that the state gives, and answers to calls with an idempotency key are left out.
+    The state assigns the revisions, and answers to calls with an idempotency key are left out.
     """
     done = Imported()
     for batch in _batches(read_lines(lines)):
@@ -341,7 +342,7 @@ class _Scope(msgspec.Struct):
     given: int
     """The highest number that the scope may have given before the import."""
     revision: int
-    """The highest number so far, with those of the import."""
+    """The highest number so far, including those of the import."""
     last_created: int
     due_ms: int | None
     answers: dict[str, int]
@@ -381,7 +382,7 @@ class _Collector:
             return
         created = found.created.get(key)
         if created is None:
-            # The places of new keys are numbers too: behind those given, which others may have had.
+            # The places of new keys are numbers too: they come after those already given.
             created = found.last_created = found.created[key] = found.last_created + 1
         revision = entry.revision
         if revision <= found.given:

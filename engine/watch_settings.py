@@ -14,9 +14,9 @@ from scopestate.ops.triggers import KINDS
 from scopestate.ops.turns import LAST_REVISION, Range, checked_name
 
 BUFFER: Final = 10_000
-"""Changes that may wait for a watch, if the caller does not say.
+"""How many changes may wait for a watch by default.
 
-A thread keeps the interpreter for 5 ms before others run, in which a writer makes thousands of changes.
+A thread may run for 5 ms before others do. In that time a writer makes thousands of changes.
 """
 
 
@@ -33,11 +33,11 @@ class WatchSettings:
         self.snapshot = _flag("snapshot", given.pop("snapshot", True))
         self.values = _flag("values", given.pop("values", True))
         self.everything = False
-        """True: deletes of keys that did not exist as well; asked by a bridge, which fires their events."""
+        """True: include deletes of keys that did not exist. Requested by a bridge, which fires their events."""
         self.until_end = False
-        """True: it may begin while the engine closes; asked by a follower, for the last changes."""
+        """True: it may begin while the engine closes. Requested by a follower, for the last changes."""
         self.among: Among | None = None
-        """Only these of many scopes; asked by a bridge, for its triggers."""
+        """Only these of many scopes. Requested by a bridge, for its triggers."""
         self.latest = _flag("latest", given.pop("latest", False))
         self.markers = _flag("markers", given.pop("markers", False))
         self.buffer = given.pop("buffer", BUFFER)
@@ -67,7 +67,7 @@ class WatchSettings:
         return Range(prefix=self.prefix or None)
 
     def cursor(self, store_id: str) -> ScopeCursor | ManyCursor | None:
-        """Return `since`, read. None: there is none. Raises InvalidCursor, and Compacted for another store."""
+        """Return the parsed `since`; None if not given. Raises InvalidCursor, and Compacted for another store."""
         since = self.since
         if since is None:
             return None

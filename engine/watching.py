@@ -1,4 +1,4 @@
-"""Watches: what `Engine.watch` and its asyncio half return."""
+"""Watches, as `Engine.watch` and `AioEngine.watch` return them."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ if TYPE_CHECKING:
     from scopestate.ops.results import StateEvent
 
 PROGRESS_S: Final = 1.0
-"""So often a mark `progress` comes at most."""
+"""Shortest time between two `progress` marks, in seconds."""
 PAGE: Final = 2_000
-"""Changes that are read from the journal at a time."""
+"""Changes read from the journal at a time."""
 
 A = TypeVar("A")
 Wanted = tuple[str, Turn[Any]] | Reply[Any] | Callable[[], Any]
-"""What a step waits for: a turn of a scope, an answer, or a call that may wait for the disk."""
+"""What a step waits for: a turn of a scope, an answer, or a call that may use the disk."""
 Steps = Generator[Wanted, Any, A]
 _Row = tuple[str, str, Entry | None]
-"""Scope, key and entry of a snapshot. None: the caller has the key, and it is not there any more."""
+"""Scope, key and entry of a snapshot. None: the caller has the key, but it no longer exists."""
 
 
 class _Watch:
-    """What watches for threads and for event loops have in common. Steps say what they wait for; drivers wait."""
+    """The part common to watches for threads and for event loops. Steps yield what they wait for; subclasses wait."""
 
     def __init__(self, engine: Engine, settings: WatchSettings) -> None:
         if not (settings.until_end and engine._closing.begun and not engine._router.feed.ended):
@@ -67,21 +67,21 @@ class _Watch:
         )
         self._exclusive = Guard()
         self._early: deque[Change] = deque()
-        """Changes of a snapshot, or of what was missed, that can be yielded."""
+        """Changes of a snapshot, or missed changes, that can be yielded."""
         self._ready = self._early
-        """What is yielded now. In the end it is what waits in the watcher."""
+        """The changes that are yielded now. After the beginning these are the ones that wait in the watcher."""
         self._source: Sequence[Any] = ()
-        """What further changes of these are made of: events, or entries of a snapshot."""
+        """The events, or entries of a snapshot, from which further early changes are made."""
         self._index = 0
-        """How many of them were made."""
+        """How many of them were used."""
         self._pages: _Pages | None = None
-        """What is to be read from the journal behind that; None: nothing."""
+        """The part of the journal to read after that; None: nothing."""
         self._snapshot = False
-        """True until a snapshot is yielded."""
+        """True until the snapshot has been yielded."""
         self._waiting: list[ReplyTo] = []
         self._last: Change | None = None
         self._start = 0
-        """The revision, or the position, behind which the changes begin."""
+        """The revision, or the position, after which the changes begin."""
         self._marked = 0
         self._marked_s = 0.0
 
@@ -98,8 +98,8 @@ class _Watch:
             many = cursor is None and settings.scope is None and not settings.snapshot
             elsewhere = self._engine._parts.backend.catch_up is not None
             if many and elsewhere:
-                yield self._caught_up()  # what was changed by now is numbered
-            # At once, so that what is changed behind this, while the watch still begins, is in it.
+                yield self._caught_up()  # everything changed by now is numbered
+            # At once, so that the watch includes changes made while it is still beginning.
             feed.add(self._watcher, self)
             if many and not elsewhere:
                 yield from self._begin_with_many(before)
@@ -123,26 +123,27 @@ class _Watch:
             self._end_early()
 
     def _begin_with_many(self, before: list[StateEvent]) -> Steps[None]:
-        """Begin with what changes from now on; `before`: changes that were entered already, and have no numbers yet."""
+        """Begin with the changes from now on. `before`: changes already entered that have no numbers yet."""
         feed = self._feed
         given, position = feed.position, feed.shown()
         if before:
-            yield self._engine._router.ask(Routed())  # they have them
+            yield self._engine._router.ask(Routed())  # they have numbers then
             if [event.position for event in before] == list(range(given + 1, given + 1 + len(before))):
                 position = given + len(before)
-            # Else a commit got numbers in between, perhaps for what was changed behind this: all of it comes.
+            # Otherwise a commit got numbers in between, perhaps for changes made after this point: all of them are
+            # yielded.
         self._start = position
         feed.begin_at(self._watcher, {}, position)
 
     def _begin_now(self, *, snapshot: bool) -> Steps[None]:
-        """Begin with a snapshot, or with what changes from now on."""
+        """Begin with a snapshot, or with the changes from now on."""
         settings, feed = self._settings, self._feed
         within = settings.within() if snapshot else Range(limit=0)
         found: dict[str, list[tuple[str, Entry]]] = {}
         revisions: dict[str, int] = {}
         elsewhere = self._engine._parts.backend.catch_up is not None
         if elsewhere and snapshot:
-            yield self._caught_up()  # changes from before are no news, also of scopes that have no keys now
+            yield self._caught_up()  # earlier changes are not yielded, also those of scopes without keys
         position = feed.shown()
         scopes = [] if settings.scope is None else [settings.scope]
         if settings.scope is None and snapshot:
@@ -156,12 +157,12 @@ class _Watch:
             self._source = [(scope, key, entry) for scope, entries in found.items() for key, entry in entries]
 
     def _caught_up(self) -> Wanted:
-        """Return what to wait for so that the feed has everything that was changed by now."""
+        """Return what to wait for until the feed has every change made by now."""
         catch_up = self._engine._parts.backend.catch_up
         return self._engine._router.ask(Routed()) if catch_up is None else catch_up
 
     def _deletes(self, there: Iterable[_Row]) -> list[_Row]:
-        """Return what makes a delete of each key that the caller has and that is not there any more."""
+        """Return a row that becomes a delete for each key that the caller has and that no longer exists."""
         settings = self._settings
         gone = settings.known - {(scope, key) for scope, key, _ in there} if settings.known else set()
         return [
@@ -171,16 +172,16 @@ class _Watch:
         ]
 
     def _resume(self, cursor: ScopeCursor | ManyCursor) -> Steps[None]:
-        """Begin behind a cursor: with what the ring has, or the journal. Raises Compacted."""
+        """Begin after a cursor, with changes from the ring or the journal. Raises Compacted."""
         feed, watcher, settings = self._feed, self._watcher, self._settings
         scope = settings.scope
         after = _position_of(cursor) or 0
         self._start = after
-        yield self._caught_up()  # what was changed by now is in the ring, or in a commit
+        yield self._caught_up()  # everything changed by now is in the ring, or in a commit
         if scope is not None and after > feed.last_of(scope):
             upto, _ = yield scope, State(Range(limit=0))
             if upto < after:
-                raise self._compacted("lost in a crash")  # or it would wait until the revisions have come so far
+                raise self._compacted("lost in a crash")  # otherwise it would wait until the revisions reach the cursor
         found = feed.from_ring(watcher, cursor)
         if found is not None:
             self._source = found
@@ -205,7 +206,7 @@ class _Watch:
         feed.begin_at(watcher, {} if scope is None else {scope: upto}, 0 if scope is not None else upto)
 
     def _make(self, source: Sequence[Any]) -> Sequence[Change]:
-        """Return the changes for some events, or entries of a snapshot."""
+        """Return the changes for events, or for entries of a snapshot."""
         cursors = self._cursors
         if not self._snapshot:
             watcher = self._watcher
@@ -242,7 +243,8 @@ class _Watch:
             oldest = None if floor is None else self._cursors.at(floor)
         elif reason == "lost in a crash" and feed.journal is not None:
             cursor = read_cursor(self._settings.since)
-            # No position is given twice: what was lost is not told again, and nothing else has one up to there.
+            # Positions are never given twice: lost changes do not come again, and no other change has a position up to
+            # there.
             if isinstance(cursor, ManyCursor):
                 oldest = ManyCursor(cursor.store, feed.epoch, cursor.position).text()
         return Compacted(str(self._settings.since), reason, oldest)
@@ -266,7 +268,7 @@ class _Watch:
             self._pages = None
             return
         upto, epoch = pages.upto_of(events), self._feed.epoch
-        # No call between these lines: what is noted as read is yielded.
+        # No call between these lines, so that everything noted as read is yielded.
         self._source = events
         self._index = 0
         pages.after = upto
@@ -274,12 +276,12 @@ class _Watch:
 
     # -------------------------------------------------------------------------------------------------------- reading
 
-    # A change that is taken is the last one that was yielded, and waits no more, at once: no signal handler, and no
-    # other thread, comes between the lines from the look at what is ready to `del` (as in `actors/stretch.py`). So what
-    # an exception from outside cuts off is not lost: `cursor` stands before it, or behind it if the caller has it.
+    # Taking a change removes it and notes it as the last one yielded, in one stretch: no signal handler and no other
+    # thread runs between the lines from the look at what is ready to `del` (as in `actors/stretch.py`). So a change is
+    # not lost if an exception comes from outside: `cursor` is before it, or after it if the caller has it.
 
     def _take(self) -> Change | None:
-        """Return the next change; None: none is there, and it may be necessary to read, or to wait."""
+        """Return the next change; None if none is ready: then it may be necessary to read, or to wait."""
         while True:
             ready = self._ready
             if ready:
@@ -308,7 +310,7 @@ class _Watch:
         return None
 
     def _fill(self) -> bool:
-        """Make some changes of what comes first. Returns False if there are none left."""
+        """Make some of the early changes. Returns False if none are left."""
         early, source, index = self._early, self._source, self._index
         part = len(source) if self._settings.latest else PAGE
         while not early and index < len(source):
@@ -320,7 +322,7 @@ class _Watch:
         return bool(early)
 
     def _end_early(self) -> Change | None:
-        """What comes first was yielded. Returns the mark for that, if marks are wanted."""
+        """Note that the early changes were yielded. Returns the mark for that, if marks are wanted."""
         if self._ready is not self._early:
             return None
         mark = self._mark("synced") if self._snapshot and self._settings.markers else None
@@ -339,7 +341,7 @@ class _Watch:
         return Change(kind, scope or "", "", None, None, at, at, False, position, KnownCursor(self._cursor_at(at)))
 
     def _progress(self) -> Change | None:
-        """Return a mark, if the cursor has moved on without a change that was yielded, and the last one is old."""
+        """Return a mark if the cursor has moved without a yielded change and the last mark is old enough."""
         if not self._settings.markers or self._now_s() - self._marked_s < PROGRESS_S:
             return None
         last = self._position(self._last) if self._last is not None else 0
@@ -352,9 +354,9 @@ class _Watch:
         return change.position if self._settings.scope is None else change.revision
 
     def _at(self) -> int:
-        """Return the revision, or the position, behind which this goes on."""
+        """Return the revision, or the position, after which this continues."""
         scope, watcher = self._settings.scope, self._watcher
-        # In this order: what is shown after the first line may wait, or not.
+        # In this order: a change that is shown after the first line may or may not wait here.
         shown = self._feed.shown() if scope is None else self._feed.last_of(scope)
         at = self._start if self._last is None or self._last.initial else self._position(self._last)
         if (self._ready is self._early and not self._snapshot) or watcher.lost or watcher.broken:
@@ -374,26 +376,26 @@ class _Watch:
 
     @property
     def has_ready(self) -> bool:
-        """True if something can be read without a wait."""
+        """True if something can be read without waiting."""
         return bool(self._ready or self._source or self._pages) or self._watcher.has_next()
 
     @property
     def over(self) -> bool:
-        """True if no more changes are taken in: it was closed, its engine was, or too many have waited."""
+        """True if it takes no more changes: it was closed, its engine was closed, or too many changes waited."""
         return self._watcher.is_over()
 
     @property
     def cursor(self) -> str:
-        """Where a watch goes on, with `since=`: behind the last change that was yielded, or later if nothing else came.
+        """Where a new watch continues, given as `since=`: after the last yielded change, or later if no other came.
 
-        While a snapshot is yielded it is its begin, so that the whole snapshot comes again.
+        While a snapshot is yielded it is the snapshot's beginning, so that the whole snapshot comes again.
         """
         if self.in_snapshot:
             return self._cursor_at(None)
         return self._cursor_at(self._at())
 
     def _over(self) -> bool:
-        """Return whether no more changes come. Raises WatchOverrun."""
+        """Return whether no more changes can come. Raises WatchOverrun."""
         watcher = self._watcher
         if watcher.has_next():
             return False
@@ -404,7 +406,7 @@ class _Watch:
         return watcher.closed or (watcher.ending and not self._feed.incoming)
 
     def _sleep(self, reply: ReplyTo) -> bool:
-        """Have `reply` set when there is something to read. Returns False if there is by now."""
+        """Have `reply` set when there is something to read. Returns False if there already is."""
         watcher, feed = self._watcher, self._feed
         watcher.waiters.append(reply)
         feed.awaited[watcher] = None
@@ -414,7 +416,7 @@ class _Watch:
         return True
 
     def _look_steps(self) -> Steps[None]:
-        """Have what was entered by now, and has no numbers yet because nothing waits for it, handed on."""
+        """Hand on the changes entered by now that have no numbers yet because nothing waits for them."""
         if self._feed.incoming and not self.over:
             yield self._engine._router.ask(Routed())
 
@@ -426,7 +428,7 @@ class _Watch:
             self._feed.awaited.pop(watcher, None)
 
     def close(self) -> None:
-        """End the watch. A thread or a task that waits for a change of it goes on. Idempotent, from any thread."""
+        """End the watch, and wake the threads and tasks that wait for it. Idempotent, from any thread."""
         self._watcher.closed = True
         self._feed.remove(self._watcher)
         self._watcher.wake()
@@ -445,7 +447,7 @@ class _Watch:
 
 
 def scopes_there(engine: Engine, prefix: str) -> list[str]:
-    """Return the scopes that hold keys, or may, and whose names begin so. Raises StorageError."""
+    """Return the scopes that hold or may hold keys and whose names have this prefix. Raises StorageError."""
     there = {*list(engine._scopes), *engine._parts.scopes()}
     return sorted(scope for scope in there if scope.startswith(prefix))
 
@@ -464,10 +466,10 @@ class _Pages:
         self.epoch = cursor.epoch if isinstance(cursor, ManyCursor) else epoch
         """The epoch of `after`."""
         self.after = after
-        """The revision, or the position, up to which it was read."""
+        """The revision, or the position, up to which the journal was read."""
 
     def gone(self) -> str | None:
-        """Return why changes behind the last page are missing."""
+        """Return why changes after the last page are missing; None if they are not."""
         if self._scope is not None:
             return self._past.gone_in_scope(self._scope, self.after)
         found = [self._past.gone(self.epoch, self.after, scope=scope, prefix=prefix) for scope, prefix in self._wanted]
@@ -480,7 +482,7 @@ class _Pages:
         return self._past.read(self.after, self._upto, most=PAGE)
 
     def upto_of(self, events: list[StateEvent]) -> int:
-        """Return how far these events go."""
+        """Return the revision or position of the last of these events."""
         return events[-1].revision if self._scope is not None else events[-1].position
 
 
@@ -491,9 +493,9 @@ def _position_of(cursor: ScopeCursor | ManyCursor) -> int | None:
 class Changes(_Watch, Generic[T]):
     """A watch: an iterator of the changes of keys, in order, each once, without a gap. `Engine.watch` returns it.
 
-    Use it in a `with` statement, or call `close()`. It may be read by several threads: each change goes to one. An
-    iterator ends when the watch is closed. If that is because its engine closes, the last changes before come first;
-    after `close()`, those that were not read yet may be missing.
+    Use it in a `with` statement, or call `close()`. Several threads may read it: each change goes to one of them.
+    Iteration ends when the watch is closed. If that is because its engine closes, the last changes are yielded first;
+    after `close()`, changes that were not read yet may be missing.
     """
 
     def __init__(self, engine: Engine, settings: WatchSettings) -> None:
@@ -505,7 +507,7 @@ class Changes(_Watch, Generic[T]):
 
     def __next__(self) -> Change[T]:
         ready = self._ready
-        if ready:  # `_take`, written out: a call less for most changes
+        if ready:  # `_take` written out, which saves a call for most changes
             change: Change | None = ready[0]
             self._last = change
             del ready[0]
@@ -518,7 +520,7 @@ class Changes(_Watch, Generic[T]):
         return change
 
     def get(self, timeout: float | None = None) -> Change[T]:
-        """Return the next change; wait for it, at most `timeout` seconds, or as long as it takes if that is None.
+        """Return the next change; wait for it at most `timeout` seconds, or without a limit if that is None.
 
         Raises TimeoutError, WatchOverrun, Compacted if the journal is trimmed while it is read, and EngineClosed if the
         watch has ended.
@@ -568,9 +570,9 @@ class Changes(_Watch, Generic[T]):
             self._wake_up(reply)
 
     def wait_synced(self, timeout: float | None = None) -> bool:
-        """Wait until another thread has read all of the snapshot, or of what was missed. False: not in time.
+        """Wait until another thread has read the whole snapshot, or all missed changes. False: not in time.
 
-        It returns False too if the watch was closed before.
+        Also returns False if the watch was closed before that.
         """
         reply: Reply[None] = self._engine._parts.dispatcher.reply()
         self._waiting.append(reply)
@@ -651,7 +653,7 @@ class AioChanges(_Watch, Generic[T]):
         return self._ready is not self._early
 
     def begin_soon(self) -> None:
-        """Begin, as far as that is possible at once: what is changed from here on is in the watch."""
+        """Begin as far as possible without waiting: the watch includes every change from here on."""
         self._began = True
         steps = self._begin_steps()
         with suppress(StopIteration):

@@ -108,7 +108,7 @@ class EngineSource:
 
     @exclusive
     def close(self) -> None:
-        """Close the engine if this has opened it, and no other cache of this process uses it. A later call opens it."""
+        """Close the engine if this opened it and no other cache of this process uses it. A later call opens it."""
         opened, self._opened = self._opened, None
         if opened is not None:
             self.engine = _OpensIt(self)  # type: ignore[assignment]  # as above

@@ -328,8 +328,7 @@ class _Computing:
         return value if value is ABSENT else value_of(value)
 
     def _lease_or_value(self, name: str, until: float) -> tuple[int | None, Any]:
-        """Take the lease of a result, or wait until another process has computed it. (None, ABSENT) if that takes too
-        long."""
+        """Take the lease of a result, or wait for another process's result; (None, ABSENT) if neither comes in time."""
         pause_s = FIRST_PAUSE_S
         while True:
             lease = self._take_lease(name)
