@@ -185,8 +185,7 @@ class TransactionOfDelivery:
 
 
 def _note_failure(made: _Reads, position: int, problem: BaseException) -> None:
-    """Note that the commit has raised. After a refusal nothing was written; else it may have happened, or still
-    happen."""
+    """Note that the commit has raised. After a refusal nothing was written; otherwise it may have been, or still be."""
     attempt = made._attempt
     if isinstance(problem, REFUSED):
         attempt.handler.port.transaction_failed(position)

@@ -695,8 +695,8 @@ class Engine(Reactive, StateCalls):
     def consumers(self) -> EngineConsumers:
         """Return the consumers of durable triggers: iterate over their status, or call `pause`, `resume` or `forget`.
 
-        All consumers in the store are included, also those without a trigger in this program. Without a journal there
-        are none.
+        All consumers in the store are included, also those without a trigger in this program. Without a journal it is
+        empty.
         """
         return EngineConsumers(self)
 

@@ -104,8 +104,7 @@ def _watch_over(engine: Engine) -> None:
 
 
 def hold_backend(engine: Engine) -> None:
-    """Keep the files and connections of an engine: if they were dropped with it, they would close before it can
-    save."""
+    """Keep the files and connections of an engine: dropped together with it, they would close before it can save."""
     if engine._parts.backend.keeps:
         _stores[id(engine)] = engine._parts.backend
 

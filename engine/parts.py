@@ -267,8 +267,7 @@ class Parts:
             contained(begin, "taking over from another engine", log)
 
     def scopes(self) -> list[str]:
-        """Return the names of the backend's scopes, as `Backend.scopes`; those of the next one if it is replaced
-        meanwhile."""
+        """Return the names of scopes, as `Backend.scopes`. If the backend is replaced meanwhile, ask the next one."""
         backend = self.backend
         try:
             return backend.scopes()
@@ -296,8 +295,7 @@ class Parts:
     # ---------------------------------------------------------------------------------------------------- reload
 
     def reconfigure(self, config: Config) -> None:
-        """Apply changes of functions, triggers, limits and the save interval. Changes nothing if it raises
-        ConfigError."""
+        """Apply new functions, triggers, limits and save interval. Changes nothing if it raises ConfigError."""
         check_functions(config)
         self._check_durable_triggers(config)
         before = self._exclusive.run(self._apply, config)

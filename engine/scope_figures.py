@@ -121,7 +121,7 @@ class ScopeFigures:
 
     def _elsewhere(self) -> dict[str, tuple[int, int | None]]:
         engine = self._engine
-        numbered = isinstance(engine._parts.config.adapter.config, RedisOptions)  # others do not report the revision of a scope
+        numbered = isinstance(engine._parts.config.adapter.config, RedisOptions)  # others report no revision
         found: dict[str, tuple[int, int | None]] = {}
         for scope in engine.list_groups()[:MOST_ASKED]:
             revision: int | None = None

@@ -125,8 +125,7 @@ class Sharing:
         self._role: Literal["owner", "follower"] = "owner"
         self._taken_over = False
         self._problem = ""
-        """Why a follower could not open the store after the last owner had ended, or why an owner does not serve others
-        now.
+        """Why a follower could not open the store after the owner had ended, or why an owner serves no others now.
 
         "": neither is so.
         """
@@ -156,8 +155,7 @@ class Sharing:
     # ---------------------------------------------------------------------------------------------------------- opening
 
     def open(self) -> Backend:
-        """Open the directory, or follow the engine that has it open. Raises StorageError; StoreLocked if neither
-        works."""
+        """Open the directory, or follow its owner. Raises StorageError, and StoreLocked if neither works."""
         from scopestate.persistence.sqlite.opening import open_directory  # noqa: PLC0415 - SQLite takes 12 ms to import
 
         self.directory = open_directory(self._kv.file_path)
@@ -193,8 +191,7 @@ class Sharing:
 
     @property
     def _mark(self) -> str:
-        """The file that says that the owner has or had followers. An owner without followers removes it when it
-        closes."""
+        """The file that says that the owner has or had followers. An owner that closes without any removes it."""
         return os.path.join(self.directory, FOLLOWED_FILE)
 
     def _follow(self) -> Backend:
@@ -204,7 +201,7 @@ class Sharing:
 
         wait_ms = self._kv.connect_wait_ms
         wait_s = max(wait_ms / 1000, OPEN_S)
-        timeout_ms = self._call_timeout_ms * 2 // 3 or 20_000  # shorter than the engine's own timeout, whose error says less
+        timeout_ms = self._call_timeout_ms * 2 // 3 or 20_000  # before the engine's own, whose error says less
         options = BridgeOptions(
             connect_wait_ms=wait_ms, call_timeout_ms=max(1, min(timeout_ms, 20_000)), events="remote"
         )
@@ -461,8 +458,7 @@ class Sharing:
     # ----------------------------------------------------------------------------------------------------------- ending
 
     def end_following(self) -> None:
-        """Do not take over the directory from now on, as the engine closes. Waits for a take-over in progress.
-        Idempotent."""
+        """Take over the directory no more, as the engine closes. Waits for a take-over in progress. Idempotent."""
         self._ends = True
         self._lost.put(None)
         thread = self._watching

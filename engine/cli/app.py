@@ -25,7 +25,7 @@ from scopestate.cli.terminal import (
 
 
 class Commands(TyperGroup):
-    """The commands, with the same exit codes when the output of any of them cannot be written."""
+    """The commands. If the output of one cannot be written, the exit codes are the same for all."""
 
     def make_context(self, info_name: Any, args: list[str], *more: Any, **extra: Any) -> Any:
         """Read the arguments. This is where help is printed."""
@@ -42,20 +42,20 @@ class Commands(TyperGroup):
 
 @contextmanager
 def _wrong_usage(*, as_json: bool) -> Iterator[None]:
-    """Report wrong usage in the style of the other errors. Typer would print a box, also into a log."""
+    """Report wrong usage in the style of the other errors. Typer would print a box, even into a log."""
     try:
         yield
     except _UsageError as error:
         usage_error(error, as_json=as_json)
     except typer.Abort as error:
-        # Typer raises it for Ctrl-C at a question, and for the end of standard input.
+        # Typer raises it for Ctrl-C at a prompt, and at the end of standard input.
         if isinstance(error.__context__, EOFError):
             usage_error(typer.BadParameter("the question got no answer; --yes answers it"), as_json=as_json)
         raise typer.Exit(Exit.INTERRUPTED) from None
 
 
 _UsageError: Any = typer.BadParameter.__base__
-"""Its name is not public: Typer has had it from Click, and has its own since 0.26."""
+"""Its name is not public: until 0.26 Typer used Click's class, and now has its own."""
 
 
 @contextmanager
@@ -88,7 +88,7 @@ _FILES = "Files"
 app.command("serve")(serve)
 app.command("console", epilog=EXIT_CODES)(console)
 _NEGATIVE = {"ignore_unknown_options": True}
-"""For commands that take JSON, where -5 is a number and not an option."""
+"""For commands that take JSON, in which -5 is a number and not an option."""
 for _name, _function, _settings in (
     ("get", state.get, {}),
     ("set", state.set_, _NEGATIVE),
@@ -140,7 +140,7 @@ def main_options(
 def main() -> None:
     """Run the command line. The entry point of the console script."""
     prepare_output()
-    # By its name, which a shell's completion asks for; `python -m scopestate` would have another one.
+    # With the fixed name that shell completion expects; under `python -m scopestate` it would differ.
     app(prog_name="scopestate")
 
 

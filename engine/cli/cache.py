@@ -21,7 +21,7 @@ from scopestate.integrations.cache.from_diskcache import LeftOut, Report, import
 app = typer.Typer(no_args_is_help=True, help="Bring the entries of another cache into one of scopestate.")
 
 _SHOWN: Final = 20
-"""Entries that were left out that are shown one by one."""
+"""How many of the entries that were left out are shown one by one."""
 _REASONS: Final = {
     "present": "already there",
     "expired": "expired",
@@ -73,7 +73,7 @@ def import_diskcache_(
 
 @contextmanager
 def _opened(target: str, scope: str) -> Iterator[Cache]:
-    """Open the cache, without a limit of its size and without the triggers of a configuration."""
+    """Open the cache without a size limit, and without the triggers of a configuration."""
     if not names_config(target):
         with Cache(directory_of(target), scope=scope, size_limit=None) as cache:
             yield cache
@@ -85,7 +85,7 @@ def _opened(target: str, scope: str) -> Iterator[Cache]:
 
 @contextmanager
 def _listed(file: str | None, *, as_json: bool) -> Iterator[Callable[[LeftOut], None]]:
-    """Yield what notes an entry that was left out: in a file, or the first of them on standard error."""
+    """Yield a function that notes an entry that was left out: in a file, or the first ones on standard error."""
     if file is not None:
         try:
             stream = open(file, "w", encoding="utf-8")  # noqa: SIM115 - closed below

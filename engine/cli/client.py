@@ -1,4 +1,4 @@
-"""Connecting to a running engine: the options that say where it is, and the work that is done there."""
+"""Connect to a running engine: the options that say where it is, and the work to do there."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Timeout = Annotated[float, typer.Option("--timeout", "-t", min=0.001, help="Seco
 CaFile = Annotated[str | None, typer.Option("--ca-file", help="PEM file of authorities to trust for wss://.")]
 
 CLIENT_NAME: Final = "scopestate-cli:"
-"""The name of a command as a worker begins so; its process id follows."""
+"""Beginning of the name that a command has as a worker; its process id follows."""
 DEFAULT_TIMEOUT_S = 30.0
 CONNECT_WAIT_S = 5.0
 _ENDS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
@@ -96,7 +96,7 @@ def run_until_signal(work: Coroutine[Any, Any, T]) -> T:
                 try:
                     loop.add_signal_handler(number, task.cancel)
                 except (NotImplementedError, RuntimeError, ValueError):
-                    break  # not the main thread, or not supported: there is KeyboardInterrupt
+                    break  # not the main thread, or not supported: KeyboardInterrupt remains
         return await work
 
     try:
@@ -109,7 +109,7 @@ def run_until_signal(work: Coroutine[Any, Any, T]) -> T:
 
 
 class EngineAt(NamedTuple):
-    """The engine that a command is for, by the options of the connection."""
+    """The engine that a command is for, as the connection options name it."""
 
     url: str
     token: str | None
@@ -119,7 +119,7 @@ class EngineAt(NamedTuple):
 
     @property
     def for_people(self) -> bool:
-        """Whether results are shown to people: standard output is a terminal, and there is no --json."""
+        """Whether results are formatted for people: standard output is a terminal, and --json was not given."""
         return sys.stdout is not None and sys.stdout.isatty() and not self.as_json
 
     def work(self, work: Callable[[Client], Awaitable[T]]) -> T:
@@ -157,7 +157,7 @@ _OPTIONS: Final = [
 
 
 def connected(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of the connection. Its first argument is the engine that they name."""
+    """Add the connection options to a command. Its first argument is then the engine that they name."""
 
     @functools.wraps(command)
     def with_options(**given: Any) -> None:

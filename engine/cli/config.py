@@ -88,7 +88,7 @@ def show(
 
 
 def refused_by_serve(examined: Examined) -> list[ConfigError]:
-    """Return what `serve` refuses, in a file that an engine accepts: addresses, tokens, certificates, the adapter."""
+    """Return what `serve` refuses in a file that an engine accepts: addresses, tokens, certificates, the adapter."""
     config = examined.config
     if config is None:
         return []

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 HOST: Final = "127.0.0.1"
 LAST_WORDS_S: Final = 3
-"""How long open pages and streams may take when the command ends."""
+"""Seconds that open pages and streams may take when the command ends."""
 
 
 def console(
@@ -77,7 +77,7 @@ def console(
 
 @contextlib.contextmanager
 def _engine(source: str, token: str | None, ca_file: str | None) -> Iterator[Engine]:
-    """Open the engine to show. Nothing of a program runs in it: no function, no trigger, no server."""
+    """Open the engine to show, without any functions, triggers or servers of a program."""
     if source.startswith(("ws://", "wss://", "ws+unix://")):
         options: dict[str, Any] = {"bridge_url": source, "token": token, "tls_ca_file": ca_file}
         given = {name: value for name, value in options.items() if value is not None}
@@ -137,14 +137,14 @@ def _serve(engine: Engine, sessions: Sessions, listener: socket.socket, *, write
     from scopestate.console.security import LOOPBACK  # noqa: PLC0415 - of an extra
 
     class Server(uvicorn.Server):
-        """Leaves the signals to the command: it ends in order, and with the exit code of that."""
+        """Leaves signals to the command, which ends in order and with the right exit code."""
 
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
             yield
 
     app = make_console(engine, auth=sessions.auth, write=write, hosts=LOOPBACK)
-    # No access log: it would have the tokens.
+    # No access log: it would contain the tokens.
     server = Server(
         uvicorn.Config(
             app, lifespan="off", log_level="warning", access_log=False, timeout_graceful_shutdown=LAST_WORDS_S

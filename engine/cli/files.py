@@ -20,7 +20,7 @@ from scopestate.transfer import KeyLine, Reader, read_lines
 
 
 class Output:
-    """What an export is written to, and a remark about it for the report."""
+    """The destination of an export, and a remark about it for the report."""
 
     def __init__(self, write: Callable[[bytes], object], remark: str = "") -> None:
         self.write = write
@@ -29,10 +29,11 @@ class Output:
 
 @contextmanager
 def output(to: str, reader: Reader) -> Iterator[Output]:
-    """Open what an export is written to; `-` is standard output.
+    """Open the destination of an export; `-` is standard output.
 
     A regular file is replaced by the complete export at the end, and keeps its mode and owner. If it cannot be
-    replaced, its content is overwritten at the end. Anything else, such as a pipe or a device, is written to directly.
+    replaced, its content is overwritten at the end. Other destinations, such as a pipe or a device, are written
+    directly.
     """
     if to == "-":
         with standard_output() as write:
@@ -70,7 +71,7 @@ def output(to: str, reader: Reader) -> Iterator[Output]:
 
 @contextmanager
 def _opened_directly(to: str, status: os.stat_result) -> Iterator[Callable[[bytes], object]]:
-    """Open what is not a regular file for writing, or standard output if `to` names that."""
+    """Open something that is not a regular file for writing, or standard output if `to` names it."""
     if sys.stdout is not None and _is_same(status, sys.stdout):
         with standard_output() as write:
             yield write
@@ -78,7 +79,7 @@ def _opened_directly(to: str, status: os.stat_result) -> Iterator[Callable[[byte
     if stat.S_ISDIR(status.st_mode):
         raise StorageError(f"{to} cannot be written: it is a directory; name a file in it")
     try:
-        # Without creating or truncating: it exists, and other programs may have it open. Opening a pipe waits for its
+        # Neither create nor truncate it: it exists, and other programs may have it open. Opening a pipe waits for its
         # reader.
         with open(os.open(expand_home(to), os.O_WRONLY), "wb") as stream:
             yield stream.write
@@ -100,7 +101,7 @@ def _beside(path: str, status: os.stat_result | None) -> Iterator[tuple[IO[bytes
     """Yield a new file to write to, and a function that gives it the name `path` afterwards."""
     folder, name = os.path.split(path)
     try:
-        # Only the beginning of a long name: with the additions it would exceed the limit of the file system.
+        # Only the beginning of a long name: with the additions it could exceed the limit of the file system.
         file = tempfile.NamedTemporaryFile(dir=folder, prefix=f".{name[:40]}.", delete=False)  # noqa: SIM115 - see below
     except OSError:
         if status is None or not os.access(path, os.W_OK):
@@ -190,7 +191,7 @@ class Source:
 
 @contextmanager
 def source_of(source: str) -> Iterator[Source]:
-    """Open the file of an import; `-` is standard input. What cannot be read twice is copied first."""
+    """Open the file of an import; `-` is standard input. A source that cannot be read twice is copied first."""
     with ExitStack() as stack:
         try:
             if source == "-":
@@ -214,7 +215,7 @@ def _temporary(source: str) -> IO[bytes]:
 
 
 def _copied(stream: IO[bytes], source: str, copy: IO[bytes]) -> IO[bytes]:
-    """Copy what can be read only once. A failure of the temporary file is reported as such."""
+    """Copy a source that can be read only once. A failure of the temporary file is reported as such."""
     while piece := stream.read(shutil.COPY_BUFSIZE):  # type: ignore[attr-defined]  # missing in typeshed
         try:
             copy.write(piece)

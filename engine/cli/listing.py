@@ -84,7 +84,7 @@ def triggers(engine: EngineAt, store: Owned = None, internal: Internal = False) 
 
 
 _FILTERS: Final = ("scope", "scope_prefix", "key", "prefix", "events", "fields")
-"""The options of a trigger that say which events it gets."""
+"""The options of a trigger that choose its events."""
 
 
 def _listed(engine: EngineAt, function_id: str, asked: dict[str, Any], name: str) -> list[dict[str, Any]]:

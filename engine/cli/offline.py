@@ -42,9 +42,10 @@ Owned = Annotated[
 
 
 def owner_of(engine: EngineAt, store: str | None) -> EngineAt:
-    """Return the engine that has a store open, by the socket in its directory; None: the one that the address names.
+    """Return the engine that has a store open, reached by the socket in its directory. Without a store, return
+    `engine`.
 
-    Ends the program if no engine has it open, or if that shares its directory with no other process.
+    Ends the program if no engine has the store open, or if that engine does not share its directory.
     """
     if store is None:
         return engine
@@ -85,7 +86,7 @@ class _Running:
 
 
 class _Files:
-    """A store: opened for each call, without the functions and triggers of its program."""
+    """A store, opened for each call without the functions and triggers of its program."""
 
     def __init__(self, engine: EngineAt, store: str) -> None:
         self._engine = engine
@@ -99,7 +100,8 @@ class _Files:
                 return engine.call(function_id, asked)
 
     def _config(self) -> Config:
-        """Return how to open the store. Raises StoreUnusable if there is none: opening an engine would make one."""
+        """Return the configuration to open the store. Raises StoreUnusable if it does not exist: an engine would create
+        it."""
         if names_config(self._store):
             config = load(self._store)
         else:

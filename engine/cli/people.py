@@ -18,7 +18,7 @@ _FAR_S: Final = 30 * 86_400.0
 
 
 def number(value: float) -> str:
-    """Return a number with separators: `1,234,567`. Below 10 with one decimal, if it has any."""
+    """Return a number with separators: `1,234,567`. A fraction below 10 gets one decimal."""
     if isinstance(value, int) or value >= 9.95 or value == int(value):
         return f"{value:,.0f}"
     return f"{value:.1f}"
@@ -37,7 +37,7 @@ def duration(seconds: float) -> str:
     for place, (size, unit) in enumerate(_UNITS):
         if left >= size:
             whole = int(left // size)
-            # A second unit says something only while the first is small.
+            # A second unit is useful only while the first is small.
             if whole < 10 and size > 60:
                 smaller, name = _UNITS[place + 1]
                 rest = int((left - whole * size) // smaller)
@@ -56,7 +56,7 @@ def exact(ms: int) -> str:
 
 
 def moment(ms: int, *, exactly: bool = False, now_ms: int | None = None) -> str:
-    """Return a time as people say it: `3 min ago`, `in 2 h`; as a date if it is far away, or asked for `exactly`."""
+    """Return a time as people say it: `3 min ago`, `in 2 h`; as a date if it is far away, or with `exactly`."""
     if exactly:
         return exact(ms)
     away_s = (ms - (time.time_ns() // 1_000_000 if now_ms is None else now_ms)) / 1000

@@ -1,4 +1,4 @@
-"""What the rules of a configuration say about stored values: a check, and bringing them to the current version."""
+"""Apply the rules of a configuration to stored values: check them, and migrate them to the current version."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ ConfigFile = Annotated[
 ]
 
 _MOST_LISTED: Final = 100
-"""Values that do not fit, of those that are told one by one."""
+"""How many values that do not fit are listed one by one."""
 
 
 def names_config(where: str) -> bool:
-    """Return whether this names a configuration file, not a directory."""
+    """Return whether `where` names a configuration file, not a directory."""
     return where.endswith((".yaml", ".yml")) and not os.path.isdir(where)
 
 
 def rules_for(where: str, config: str | None) -> Rules:
-    """Return the rules of the configuration file that a command names; none if it names none. Raises ConfigError."""
+    """Return the rules of the configuration file that a command names, or empty rules. Raises ConfigError."""
     file = config if config is not None else where if names_config(where) else None
     if file is None:
         return Rules(())
@@ -55,7 +55,7 @@ class Rules:
         return any(rule.type or rule.schema or rule.version for rule in self._rules)
 
     def of(self, scope: str) -> ValueRule | None:
-        """Return what the values of a scope must fit; None: anything fits."""
+        """Return the rule that values of a scope must fit; None: anything fits."""
         if scope not in self._of:
             self._of[scope] = value_rule_of(scope, self._rules, self._misfits)
         return self._of[scope]
@@ -75,7 +75,7 @@ class Found:
         self._first: list[SchemaViolation] = []
 
     def check(self, rules: Rules, scope: str, key: str, json: bytes) -> bool:
-        """Check a stored value, and note what is wrong. Return whether it fits."""
+        """Check a stored value, and note it if it does not fit. Return whether it fits."""
         rule = rules.of(scope)
         violation = None if rule is None else rule.violation(key, json, written=False)
         if violation is None:
@@ -86,14 +86,14 @@ class Found:
         return False
 
     def lines(self) -> Iterator[str]:
-        """Yield what is wrong, as text."""
+        """Yield the problems found, as text."""
         for violation in self._first:
             yield violation.what_is_wrong()
         if self.count > len(self._first):
             yield f"and {self.count - len(self._first):,} more"
 
     def facts(self) -> dict[str, Any]:
-        """Return what is wrong, for JSON."""
+        """Return the problems found, for JSON."""
         names = ("scope", "key", "path", "reason")
         listed = [{name: getattr(violation, name) for name in names} for violation in self._first]
         return {"misfits": self.count, "first_misfits": listed}
@@ -103,7 +103,7 @@ class Migration:
     """Brings the values of a store to the current versions of their rules."""
 
     def __init__(self, rules: Rules, scope: str | None, *, dry_run: bool) -> None:
-        """`scope`: this one only. `dry_run`: nothing is written."""
+        """`scope`: only this one. `dry_run`: write nothing."""
         self._rules = rules
         self._scope = scope
         self.dry_run = dry_run
@@ -112,12 +112,12 @@ class Migration:
         self._current = 0
 
     def concerns(self, scope: str) -> bool:
-        """Return whether values of a scope have versions, and are to be migrated."""
+        """Return whether the values of a scope have versions and are to be migrated."""
         rule = self._rules.of(scope)
         return rule is not None and rule.versions is not None and self._scope in (None, scope)
 
     def run(self, reader: StoreReader, store: Store | None, advance: Callable[[int], object]) -> None:
-        """Write every older value anew, in steps. `store`: None for a dry run. Raises StorageError."""
+        """Rewrite every older value, in steps. `store` is None for a dry run. Raises StorageError."""
         due_ms = {} if store is None else {scope: ms for ms, scope in store.due(_EVERY)}
         seen = 0
         for scope in filter(self.concerns, reader.scopes()):
@@ -138,9 +138,9 @@ class Migration:
         advance(seen)
 
     def _as_current(self, scope: str, key: str, json: bytes) -> bytes | None:
-        """Return the value to write in the place of another; None: it stays."""
+        """Return the value that replaces another; None: it stays."""
         rule = self._rules.of(scope)
-        assert rule is not None  # it is one that has versions
+        assert rule is not None  # the scope's values have versions
         if not self.found.check(self._rules, scope, key, json):
             return None
         current = rule.current(key, json)
@@ -168,4 +168,4 @@ class Migration:
 
 
 _EVERY: Final = 2**62
-"""As a limit: no limit."""
+"""Used as a limit: no limit."""

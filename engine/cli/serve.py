@@ -89,7 +89,7 @@ class _Signals:
         numbers = [signal.SIGINT, signal.SIGTERM]
         hangup = getattr(signal, "SIGHUP", None)
         if hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN:
-            numbers.append(hangup)  # it is ignored if started with `nohup`, to outlive its terminal
+            numbers.append(hangup)  # under `nohup` it is ignored, so that the process outlives its terminal
         with self._pipe.open():
             before = {number: signal.signal(number, self._take) for number in numbers}
             try:
@@ -99,7 +99,7 @@ class _Signals:
                     signal.signal(number, handler)
 
     def came(self, timeout_s: float | None = None) -> bool:
-        """Wait for a signal, at most `timeout_s` seconds; True if there was one."""
+        """Wait for a signal, at most `timeout_s` seconds; return whether one came."""
         if not self._count:
             self._pipe.wait(timeout_s)
         return self._count > 0
@@ -117,7 +117,7 @@ def _wait(server: Server, signals: _Signals, console: Console) -> None:
             pass
         return
     line = StatusLine(server)
-    # No spinner: it would draw many times a second, which costs a server too much.
+    # No spinner: redrawing many times a second would cost a server too much.
     with Live(line.text(), console=console, auto_refresh=False, transient=True) as live:
         while True:
             live.update(line.text(), refresh=True)
@@ -135,7 +135,7 @@ class StatusLine:
         self._calls = 0
 
     def text(self) -> Text:
-        """Return the current line; the rate is that since the previous one."""
+        """Return the current line. The rate is that since the previous line."""
         now, status, stats = self._clock(), self._server.status(), self._server.engine.stats()
         calls = status.calls + sum(stats.calls.values())
         rate = (calls - self._calls) / (now - self._last) if now > self._last else 0.0
@@ -202,7 +202,7 @@ def _keeps(server: Server) -> bool:
 
 
 class _Shown(logging.Formatter):
-    """Escapes control characters: the log has names and texts of workers, which a terminal must not obey."""
+    """Escapes control characters: the log contains names and texts of workers, which must not control the terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
         return shown(super().format(record), keep="\n\t")

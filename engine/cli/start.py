@@ -1,4 +1,4 @@
-"""`scopestate` without a command, and `scopestate completion`: the way into the command line."""
+"""`scopestate` without a command, and `scopestate completion`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Final, Literal
 import typer
 from rich.text import Text
 
-# The scripts that `--show-completion` prints too. That option takes no shell: it guesses it from the parent process.
+# `--show-completion` prints the same scripts. But that option guesses the shell from the parent process.
 from typer._completion_shared import get_completion_script
 
 import scopestate
@@ -41,10 +41,10 @@ def welcome() -> None:
 
 
 def documentation() -> str:
-    """Return where the documentation is: the address that the installed package names, if it does."""
+    """Return the address of the documentation, if the installed package names one."""
     try:
         urls = metadata.metadata("scopestate").get_all("Project-URL") or []
-    except metadata.PackageNotFoundError:  # the source, without an installation
+    except metadata.PackageNotFoundError:  # run from source, not installed
         return _IN_SOURCE
     named: dict[str, str] = dict(url.split(", ", 1) for url in urls)
     return named.get("Documentation", _IN_SOURCE)

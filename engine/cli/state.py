@@ -63,9 +63,9 @@ _AN_OP: Final = """'{"type": "increment", "path": "logins", "by": 1}'"""
 _A_TRANSACTION: Final = """'{"checks": [{"key": "ada", "revision": 7}], "ops": [{"type": "delete", "key": "ada"}]}'"""
 
 KEYS_OF_A_PAGE: Final = 1000
-"""Keys that are asked for at a time."""
+"""Keys requested at a time."""
 BYTES_OF_A_PAGE: Final = 1_000_000
-"""Values that are asked for at a time have this many bytes of JSON, but for one that is larger."""
+"""Bytes of JSON in the values requested at a time; a single larger value is possible."""
 _WITH_REVISIONS: Final = {"_entries": True, "_by_page": True}
 
 

@@ -27,35 +27,35 @@ ALWAYS_ALLOWED: Final = ("engine::channels::create", "engine::workers::register"
 """Functions that every worker may call (docs/reference/protocol.md, section 12)."""
 
 ENGINE_NAMESPACES: Final = ("engine::", "state::")
-"""Ids that begin like this are the engine's own: a pattern of `registers` must begin so to match one."""
+"""Prefixes of the engine's own ids. A pattern of `registers` must have the same prefix to match one."""
 
 METRICS_ID: Final = "engine::metrics"
-"""What a token that is not full names in `functions` to read `/metrics`. No pattern stands for it: the figures are of
-the whole engine, and name the durable triggers of every token."""
+"""A token that is not full must name this in `functions` to read `/metrics`. Patterns do not match it: the figures are
+those of the whole engine, and name the durable triggers of every token."""
 
 MAX_TOKEN_BYTES: Final = 8_192
 
 MAX_KEPT: Final = 1_000
-"""Names kept for one token while no worker offers them; with one more, the oldest is freed."""
+"""Names kept for one token while no worker offers them. With more, the oldest are freed."""
 MAX_KEPT_LENGTH: Final = 256
-"""A longer name is not kept."""
+"""Longer names are not kept."""
 
 T = TypeVar("T")
 
 
 class Access:
-    """What the bearer of one token may do, and the owner of what its workers register (docs/reference/rights.md).
+    """The rights of one token's bearer. It owns what the token's workers register (docs/reference/rights.md).
 
     Patterns: `*` is any characters, `?` is one. Every check raises Forbidden.
     """
 
     def __init__(self, config: TokenConfig) -> None:
         self.workers = 0
-        """Workers that are connected with it."""
+        """Number of workers that are connected with the token."""
         self.allow(config)
 
     def allow(self, config: TokenConfig) -> None:
-        """Replace the rights by those of this entry."""
+        """Replace the rights by those of a configuration entry."""
         config = with_every_list(config)
         functions, read, write = config.functions or (), config.read or (), config.write or ()
         self._functions = _matcher((*functions, *ALWAYS_ALLOWED))
@@ -66,7 +66,7 @@ class Access:
         self._begun = {"read": _beginnings(read), "write": _beginnings(write)}
         self.name = config.name
         self.full = all("*" in patterns for patterns in (functions, config.registers, read, write))
-        """Whether it may do everything; then it sees everything that other tokens have registered as well."""
+        """Whether it may do everything; then it also sees what other tokens have registered."""
         self.reads_metrics = self.full or METRICS_ID in functions
         """Whether it may read the figures of the engine."""
 
@@ -106,11 +106,11 @@ class Access:
                 self.check_read(scope)
 
     def covers(self, right: Right, scope_prefix: str) -> bool:
-        """Return whether there is this right on every scope whose name begins so, whatever follows."""
+        """Return whether it has a right on every scope with this prefix."""
         return scope_prefix.startswith(self._begun[right])
 
     def check_watch(self, scope: str | None, scope_prefix: str | None = None) -> None:
-        """Refuse a trigger on a scope that may not be read; None: on every scope, or those that begin so."""
+        """Refuse a trigger on a scope that may not be read. None: on all scopes, or all with the prefix."""
         if scope is not None:
             self.check_read(scope)
         elif not self.covers("read", scope_prefix or ""):
@@ -132,10 +132,10 @@ class Access:
             raise Forbidden(f"the token of this connection does not allow {function_id!r} on every scope")
 
     def consumer(self, name: str) -> str:
-        """Return the whole name of the consumer that the bearer calls `name`.
+        """Return the full name of the consumer that the bearer calls `name`.
 
-        The consumers of a limited token have its own name in front, so that no token can name those of another. Raises
-        Forbidden if it may have none.
+        Full names of a limited token's consumers begin with the token's name, so that no token can name those of
+        another. Raises Forbidden if the token may have no consumers.
         """
         if self.full:
             return name
@@ -144,7 +144,7 @@ class Access:
         return f"{self.name}/{name}"
 
     def own_consumer(self, whole: str) -> str | None:
-        """Return what the bearer calls a consumer, by its whole name; None: it may not know of it."""
+        """Return the bearer's name for a consumer with this full name; None if it may not see it."""
         if self.full:
             return whole
         owner, slash, name = whole.partition("/")
@@ -165,7 +165,7 @@ class Access:
 
 
 class Claims(Generic[T]):
-    """Name -> what workers offer under it. Of several offers the newest serves; when it leaves, the one before.
+    """Name -> the offers of workers under it. The newest offer serves; when it is removed, the one before serves again.
 
     All workers that offer the same name have the same token (`Worker.access`; without tokens, None for all). When the
     last of them is disconnected, the name is kept for the token as long as another of its workers is connected: no
@@ -182,20 +182,20 @@ class Claims(Generic[T]):
         return len(self._offers)
 
     def offered_by(self, worker: Worker) -> list[str]:
-        """Return the names that this worker offers, whether it serves them or not."""
+        """Return the names that this worker offers, whether its offers serve or not."""
         return [name for name, offers in self._offers.items() if worker in offers]
 
     def serving(self, name: str) -> T | None:
-        """Return what serves this name; None: nothing does."""
+        """Return the offer that serves this name, or None."""
         offers = self._offers.get(name)
         return None if offers is None else next(reversed(offers.values()))
 
     def all(self) -> list[T]:
-        """Return what serves each name."""
+        """Return the serving offer of each name."""
         return [next(reversed(offers.values())) for offers in self._offers.values()]
 
     def only_by(self, name: str, worker: Worker) -> bool:
-        """Return whether this worker, and no other, offers the name."""
+        """Return whether only this worker offers the name."""
         offers = self._offers.get(name)
         return offers is not None and len(offers) == 1 and worker in offers
 
@@ -212,16 +212,17 @@ class Claims(Generic[T]):
             raise Forbidden(f"{self._what} {name!r} is another worker's, which has another token: choose another")
 
     def put(self, name: str, worker: Worker, offer: T) -> None:
-        """Have this worker serve the name, which `check` has passed; what it offered before is replaced."""
+        """Let this worker serve the name, which `check` has passed. Its earlier offer under the name is replaced."""
         self._release(name)
         offers = self._offers.setdefault(name, {})
         offers.pop(worker, None)
         offers[worker] = offer
 
     def remove(self, name: str, worker: Worker, *, keep: bool) -> bool:
-        """Forget what this worker offers; return whether it was what served the name.
+        """Remove this worker's offer; return whether it was the one that served the name.
 
-        `keep`: if it was the last, keep the name for the token. For a worker that is lost, not for one that withdraws.
+        With `keep`, if it was the last offer, keep the name for the token: for a lost worker, not for one that
+        withdraws.
         """
         offers = self._offers.get(name)
         if offers is None or worker not in offers:
@@ -235,7 +236,7 @@ class Claims(Generic[T]):
         return served
 
     def clear(self, name: str) -> list[T]:
-        """Forget all that is offered under this name, and return it; the name is free then."""
+        """Remove and return all offers under this name, which is then free."""
         return list(self._offers.pop(name, {}).values())
 
     def last_worker_left(self, access: Access) -> None:
@@ -295,7 +296,7 @@ class AccessCheck:
         found: Access | None = None
         if scheme.lower() == "bearer" and len(token) <= MAX_TOKEN_BYTES:
             given = _digest(token.strip())
-            # All of them, whichever fits, so that the time taken tells nothing about the tokens.
+            # Compare with all of them, even after a match, so that the time taken reveals nothing about the tokens.
             for digest, access in self._accesses.items():
                 if hmac.compare_digest(digest, given):
                     found = access
@@ -314,7 +315,7 @@ def _read_tokens(auth: AuthConfig) -> dict[bytes, TokenConfig]:
 
 
 def mistakes(config: ServerConfig) -> Iterator[ConfigError]:
-    """Yield every mistake for which AccessCheck would be refused."""
+    """Yield every mistake for which AccessCheck would raise."""
     found = False
     for token in config.auth.tokens:
         try:
@@ -360,13 +361,13 @@ def is_loopback(host: str) -> bool:
 
 
 def cannot_be_rebound(host: str | None, own: str) -> bool:
-    """Return whether a web page that was loaded from elsewhere cannot have this `Host` header.
+    """Return whether a request with this `Host` header cannot come from a web page of another host.
 
-    A page can have a name of its own point at this machine later, and its browser then shows it the answers. It cannot
-    do so with an address, the server's own name, or a name without a dot.
+    A page can later make its own host name point at this machine, and can then read the answers. It cannot do so with
+    an IP address, the server's own name, or a name without a dot.
     """
     if host is None:
-        return True  # not of a browser
+        return True  # not from a browser
     name = host.strip().rpartition("]")[0].lstrip("[") or host.strip().partition(":")[0]
     if name.lower() == own.lower():
         return True
@@ -383,7 +384,7 @@ def _digest(token: str) -> bytes:
 
 
 def _beginnings(patterns: Iterable[str]) -> tuple[str, ...]:
-    """Return how the names begin of which these patterns match every one: `a-` for `a-*`."""
+    """Return the prefixes of which these patterns match every name: `a-` for `a-*`."""
     ended = [pattern.rstrip("*") for pattern in patterns if pattern.endswith("*")]
     return tuple(begun for begun in ended if not {"*", "?"}.intersection(begun))
 

@@ -19,15 +19,15 @@ DEFAULT_BUFFER: Final = 64
 MAX_BUFFER: Final = 1024
 """Messages that may wait for the reader."""
 BUFFER_BYTES: Final = 16 * 1024 * 1024
-"""With more bytes than this, nothing more is read from the writer."""
+"""If more bytes than this wait, nothing more is read from the writer."""
 TTL_S: Final = 300.0
-"""How long a channel waits until both of its ends are connected."""
+"""Seconds that a channel waits until both of its ends are connected."""
 IDLE_S: Final = 3600.0
-"""A channel that was idle for this long is closed."""
+"""A channel that was idle for this many seconds is closed."""
 MAX_PER_WORKER: Final = 1_000
 MAX_CHANNELS: Final = 10_000
 OWNER_BYTES: Final = 64 * 1024 * 1024
-"""With more bytes in all channels of one worker, nothing is read from those of its writers whose messages wait."""
+"""If more bytes than this wait in all channels of one worker, nothing is read from writers whose messages wait."""
 
 
 class Channel:
@@ -59,7 +59,7 @@ class Channel:
         self.pump()
 
     def pump(self) -> None:
-        """Deliver as much as the reader takes, and pause the writer while too much waits."""
+        """Deliver as much as the reader accepts, and pause the writer while too much waits."""
         reader, writer = self.reader, self.writer
         while self.waiting and reader is not None and reader.takes_more():
             message, text = self.waiting.popleft()
@@ -67,7 +67,7 @@ class Channel:
             reader.relay(message, text)
         if writer is not None:
             full = len(self.waiting) >= self.buffer_size or self.waiting_bytes >= BUFFER_BYTES
-            # Only while something waits here: the reader of this channel lets the writer go on.
+            # Only while something waits here: then this channel's reader can let the writer go on.
             crowded = bool(self.waiting) and self.channels.bytes_of(self.owner) >= OWNER_BYTES
             writer.hold(full or crowded)
         if self.finished and not self.waiting and reader is not None:
@@ -117,7 +117,7 @@ class Channels:
         return self._bytes.get(owner, 0)
 
     def weigh(self, owner: str | None, size: int) -> None:
-        """Count bytes that begin (or, negative, end) to wait in the channels of a worker."""
+        """Add bytes to those that wait in the channels of a worker; a negative size subtracts them."""
         total = self._bytes.get(owner, 0) + size
         if total:
             self._bytes[owner] = total
@@ -125,7 +125,7 @@ class Channels:
             self._bytes.pop(owner, None)
 
     def abandon(self, owner: str) -> None:
-        """Close the channels of a lost worker of which no end was connected."""
+        """Close the channels of a lost worker that have no connected end."""
         for channel in list(self._of_owner.get(owner, {}).values()):
             if not channel.taken:
                 channel.end()
@@ -164,12 +164,12 @@ class Channels:
             channel.timer.cancel()
 
     def end_all_of(self, owner: str, code: int, reason: str) -> None:
-        """Close those that this worker has created."""
+        """Close the channels that this worker has created."""
         for channel in list(self._of_owner.get(owner, {}).values()):
             channel.end(code, reason)
 
     def close(self, code: int, reason: str) -> None:
-        """Close all of them."""
+        """Close all channels."""
         for channel in list(self._by_id.values()):
             channel.end(code, reason)
 
@@ -192,7 +192,7 @@ class WriterEnd(Connection):
             self._channel.put(message, text)
 
     def hold(self, held: bool) -> None:
-        """Read no more from it, or go on."""
+        """Stop reading from the writer, or continue."""
         if held != self._full:
             self._full = held
             self._look()
@@ -226,7 +226,7 @@ class ReaderEnd(Connection):
         self._channel.pump()
 
     def takes_more(self) -> bool:
-        """Whether it reads as fast as messages come."""
+        """Whether the reader accepts more messages now."""
         return not self._full and not self._closing
 
     def relay(self, message: bytes, text: bool) -> None:

@@ -1,6 +1,6 @@
 """WebSocket connections on picows: whole messages in, messages out, within bounds (docs/design/0020-websockets.md).
 
-picows parses frames. What goes beyond one frame is left to its listeners: fragments, UTF-8, close handshakes.
+picows parses frames. Everything beyond one frame is left to its listeners: fragments, UTF-8, close handshakes.
 """
 
 from __future__ import annotations
@@ -26,33 +26,34 @@ CLOSE: Final = picows.WSMsgType.CLOSE
 
 NORMAL: Final = 1000
 GOING: Final = 1012
-"""For a server that stops: the Python SDK 0.11.6 never reconnects after 1000 or 1001 (docs/reference/protocol.md 9)."""
+"""The close code of a stopping server: the Python SDK 0.11.6 never reconnects after 1000 or 1001
+(docs/reference/protocol.md 9)."""
 PROTOCOL_ERROR: Final = 1002
 INVALID_TEXT: Final = 1007
 POLICY: Final = 1008
 TOO_BIG: Final = 1009
 
 CLOSE_GRACE_S: Final = 2.0
-"""How long the other side may take to answer a close frame before the connection is cut."""
+"""Seconds that the other side may take to answer a close frame before the connection is aborted."""
 TURN: Final = 256
-"""Messages of one connection that are handled in a row, before other connections and other threads run."""
+"""Messages of one connection that are handled in a row before other connections and other threads run."""
 HIGH_WATER: Final = 1024 * 1024
-"""With more unsent bytes than this, nothing is read from that worker."""
+"""If more bytes than this are unsent, nothing is read from that worker."""
 
 
 GATHERED: Final = 256 * 1024
-"""With more gathered bytes than this, they are written: the limits on unsent bytes count only what was written."""
+"""If more bytes than this are gathered, they are written: the limits on unsent bytes count only written bytes."""
 
 
 class Batches:
-    """Gathers what is sent while many messages are handled in a row, so that each connection is written to once."""
+    """Gathers outgoing messages while many are handled in a row, so that each connection is written to once."""
 
     __slots__ = ("_dirty", "log", "open")
 
     def __init__(self) -> None:
         self.open = False
         self.log = BoundedLog(log)
-        """For what clients cause; one for all connections of a server, because its bounds are for all."""
+        """For log lines that clients cause. One log for all connections of a server, because its limits are for all."""
         self._dirty: list[Connection] = []
 
     def add(self, connection: Connection) -> None:
@@ -78,7 +79,7 @@ class Registry:
         return len(self._standing)
 
     def all(self) -> list[Connection]:
-        """Return them, in order of their opening."""
+        """Return the connections, in the order in which they were opened."""
         return list(self._standing)
 
     def add(self, connection: Connection) -> None:
@@ -109,9 +110,9 @@ class Connection(picows.WSListener):
         self._socket: Any = None
         self._closing = False
         self._plain = True
-        """Whether a whole text message can be handled at once: no message waits, or is incomplete."""
+        """Whether a whole text message can be handled at once: no message is waiting or incomplete."""
         self._deferring = False
-        """Whether it has to wait behind other messages."""
+        """Whether a new message has to wait for earlier ones."""
         self._fragments: list[bytes] = []
         self._fragment_bytes = 0
         self._fragments_text: bool | None = None
@@ -128,7 +129,7 @@ class Connection(picows.WSListener):
         self._registry = Registry()
 
     def belong_to(self, registry: Registry) -> None:
-        """Be in `registry` as long as the connection is open."""
+        """Stay in `registry` as long as the connection is open."""
         self._registry = registry
 
     # --------------------------------------------------------------------------------------------- for subclasses
@@ -137,7 +138,7 @@ class Connection(picows.WSListener):
         """The connection is open."""
 
     def on_message(self, message: bytes, text: bool) -> None:
-        """Take one whole message. Text has not been checked to be UTF-8."""
+        """Handle one whole message. Text has not been checked to be UTF-8."""
 
     def on_lost(self) -> None:
         """The connection is lost; called once."""
@@ -145,7 +146,7 @@ class Connection(picows.WSListener):
     # ----------------------------------------------------------------------------------------------------- sending
 
     def send(self, message: bytes) -> None:
-        """Send a text message. The connection is closed if too many bytes wait already."""
+        """Send a text message. If too many bytes already wait, the connection is closed."""
         if self._closing:
             return
         if self._full and self._socket.get_write_buffer_size() > self._max_unsent_bytes:
@@ -159,16 +160,16 @@ class Connection(picows.WSListener):
             if self._gathered_bytes > GATHERED:
                 self.flush()
         else:
-            self._transport.send(TEXT, message)  # type: ignore[union-attr]  # set as long as it is not closing
+            self._transport.send(TEXT, message)  # type: ignore[union-attr]  # set until it closes
 
     def pause_messages(self) -> None:
-        """Handle no further message until `resume_messages` is called: what the last one asks for takes a while."""
+        """Handle no further messages until `resume_messages` is called, as the last one takes a while."""
         self._held = True
         self._look()
         self._pause()
 
     def resume_messages(self) -> None:
-        """Go on after `pause_messages`."""
+        """Continue after `pause_messages`."""
         self._held = False
         self._schedule()
 
@@ -189,7 +190,7 @@ class Connection(picows.WSListener):
         self._socket.write(b"".join(framed))
 
     def close(self, code: int, reason: str = "") -> None:
-        """Send a close frame and read no more; abort the connection if the close frame is not answered soon."""
+        """Send a close frame and stop reading; abort the connection if the close frame is not answered soon."""
         if self._closing or self._transport is None:
             return
         self.flush()
@@ -198,9 +199,9 @@ class Connection(picows.WSListener):
         self._backlog.clear()
         if code not in (NORMAL, GOING):
             self._batches.log.warning("%s: closing its connection with code %d: %s", self, code, reason)
-        # At most 123 bytes, and not half a character.
+        # At most 123 bytes, without cutting a character.
         self._transport.send_close(code, reason.encode()[:123].decode(errors="ignore").encode())  # type: ignore[arg-type]
-        self._resume()  # to see the answer
+        self._resume()  # to receive the answer
         asyncio.get_running_loop().call_later(CLOSE_GRACE_S, self.abort)
 
     def abort(self) -> None:
@@ -217,7 +218,7 @@ class Connection(picows.WSListener):
     def look_for_progress(self) -> None:
         """Abort the connection of a worker that has read nothing since the last check. For a timer."""
         if self._transport is not None and self._transport.is_close_frame_sent and not self._closing:
-            self.abort()  # picows closed it for a broken frame and waits for the rest to be read
+            self.abort()  # picows has closed it for a broken frame, and waits until the rest is read
             return
         if not self._full:
             self._unsent_seen = 0
@@ -280,7 +281,7 @@ class Connection(picows.WSListener):
     # ---------------------------------------------------------------------------------------------------- receiving
 
     def _take_rare(self, transport: picows.WSTransport, frame: picows.WSFrame) -> None:
-        """Take any frame but a whole text message that can be handled at once."""
+        """Handle any frame except a whole text message that can be handled at once."""
         kind = frame.msg_type
         if self._closing:
             if kind == CLOSE:
@@ -315,7 +316,7 @@ class Connection(picows.WSListener):
     def _take_fragment(self, frame: picows.WSFrame) -> None:
         payload = frame.get_payload_as_bytes()
         self._fragment_bytes += len(payload)
-        # 100 bytes for each piece beside its payload: empty pieces must not be free.
+        # Each piece counts 100 bytes more than its payload: empty pieces must not be free.
         if self._fragment_bytes + 100 * len(self._fragments) > self._max_message_bytes:
             self.close(TOO_BIG, f"a message of more than {self._max_message_bytes} bytes")
             return
@@ -328,7 +329,7 @@ class Connection(picows.WSListener):
             self._take(message, text)
 
     def _take(self, message: bytes, text: bool) -> None:
-        """Handle a message now, or later if this connection has had its turn."""
+        """Handle a message now, or later if this connection has used up its turn."""
         if self._turn and not self._backlog and not self._full and not self._held:
             self._turn -= 1
             self.on_message(message, text)
@@ -339,7 +340,7 @@ class Connection(picows.WSListener):
             self._schedule()
 
     def _look(self) -> None:
-        """Recompute what may be done with the next whole text message."""
+        """Recompute how the next whole text message is handled."""
         in_order = not self._closing and self._fragments_text is None
         waiting = bool(self._backlog)
         self._plain = in_order and not waiting and not self._full and not self._held
@@ -351,7 +352,7 @@ class Connection(picows.WSListener):
             asyncio.get_running_loop().call_soon(self._work_off)
 
     def _work_off(self) -> None:
-        """Handle waiting messages, as many as in one turn."""
+        """Handle as many waiting messages as one turn allows."""
         self._scheduled = False
         backlog, take, on_message = self._backlog, self._backlog.popleft, self.on_message
         self._batches.open = len(backlog) > 1
@@ -371,7 +372,7 @@ class Connection(picows.WSListener):
             self._resume()
 
     def _work_off_all(self) -> None:
-        """Handle everything that was read before the worker left."""
+        """Handle all messages that were read before the worker left."""
         while self._backlog and not self._closing:
             self.on_message(*self._backlog.popleft())
         self._look()
@@ -388,7 +389,7 @@ class Connection(picows.WSListener):
 
 
 def is_text(message: bytes) -> bool:
-    """Whether a message is UTF-8, as text has to be."""
+    """Return whether a message is valid UTF-8, as text must be."""
     try:
         return message.isascii() or message.decode() is not None
     except UnicodeDecodeError:
@@ -400,7 +401,7 @@ _headers: Final[dict[int, bytes]] = {}
 
 
 def _header(size: int) -> bytes:
-    """The frame header of a whole text message, from server to client (RFC 6455, section 5.2)."""
+    """Return the frame header of a whole text message from server to client (RFC 6455, section 5.2)."""
     if size < 126:
         header = struct.pack("!BB", 0x81, size)
     elif size < 65536:

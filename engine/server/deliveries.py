@@ -1,7 +1,7 @@
-"""Deliveries to workers: on the server's event loop, without a thread in between.
+"""Deliveries to workers, on the server's event loop without another thread.
 
 A handler in this process may block, so its deliveries run on worker threads. A delivery to a worker only sends a
-message: two hand-overs between threads would take five times as long as the delivery itself
+message: switching threads twice would take five times as long as the delivery itself
 (docs/design/0021-deliveries-to-workers.md).
 """
 
@@ -70,7 +70,7 @@ class LoopDispatcher:
             except RuntimeError:  # closed in between
                 self._behind.submit(work)
         elif self._running:
-            self._loop.call_soon(work)  # bounds the depth of recursion
+            self._loop.call_soon(work)  # limits the depth of recursion
         else:
             self._running = True
             try:
@@ -117,12 +117,12 @@ class LoopDispatcher:
         return self._behind.threads()
 
     def close(self) -> None:
-        """Run later work on the engine's own threads: the loop ends."""
+        """Run later work on the engine's own threads, as the loop ends."""
         self._closed = True
 
 
 class WorkerHandler(HandlerActor):
-    """Delivers one trigger's events to a function that, as a rule, runs in a worker. Turns run on the event loop."""
+    """Delivers one trigger's events to a function that usually runs in a worker. Turns run on the event loop."""
 
     takes_over = False
 
@@ -148,13 +148,13 @@ class WorkerHandler(HandlerActor):
             self._hub.triggers.look_soon()
 
     def waiting_bytes(self, *, exactly: bool) -> int:
-        """Bytes of the events that wait; not `exactly`: an upper bound, which costs next to nothing."""
+        """Return the bytes of waiting events; without `exactly`, an upper bound, which is cheap to compute."""
         if not exactly:
             return self.depth() * self._largest
         return sum(map(_size, self.waiting_events()))
 
     def silent_s(self, now: float) -> float:
-        """Return for how long the worker has answered nothing although events found no room. For a timer.
+        """Return for how many seconds the worker has not answered although events found no room. For a timer.
 
         Only an answer or an empty mailbox resets it: with `drop_oldest` a mailbox that is bounded in bytes may have
         room at each check, because large events were dropped for small ones.
@@ -176,7 +176,7 @@ class WorkerHandler(HandlerActor):
         return (self.offered - self.taken) * handlers >= self._services.limits.events_bytes
 
     def _call(self, function_id: str, run: Run) -> Any:
-        """Call a function with the rights that the worker of the trigger has now."""
+        """Call a function with the present rights of the trigger's worker."""
         event: Any = run.event if self._bare else self._argument(run)
         owner = getattr(self.trigger, "owner", None)  # None: the program has replaced the trigger by one of its own
         if owner is not None:
@@ -200,7 +200,7 @@ class WorkerHandler(HandlerActor):
         return _OnThread(target, event, self._threads)
 
     def _permitted(self, owner: Worker, function_id: str, run: Run, events: list[StateEvent]) -> list[StateEvent]:
-        """Return the events of a batch that the worker may have now, as it expects them. Others fail by themselves."""
+        """Return the events of a batch that the worker may have now, as it expects them. Each other one fails alone."""
         permitted = []
         for event in events:
             try:
@@ -212,7 +212,7 @@ class WorkerHandler(HandlerActor):
         return permitted
 
     def _as_known(self, event: StateEvent) -> StateEvent:
-        """Return the event as the worker expects it: one that names no events may know the reference's only."""
+        """Return the event as the worker expects it: a trigger that names no events may know only the reference's."""
         return event.as_deleted() if event.expired_at is not None and self.trigger.events is None else event
 
     def _check(self, owner: Worker, function_id: str, event: StateEvent) -> None:
@@ -224,8 +224,8 @@ class WorkerHandler(HandlerActor):
                 raise
 
     def _drain(self, hold: Hold) -> None:
-        """Begin what can begin; none of it blocks the event loop."""
-        # This may run within a call that is some handlers deep: the depth is restored for that call.
+        """Begin the deliveries that can begin, without blocking the event loop."""
+        # This may run within a call from handlers, whose depth is restored afterwards.
         depth = event_depth.get()
         self._asked = False
         while True:
@@ -242,7 +242,7 @@ class WorkerHandler(HandlerActor):
             event_depth.set(depth)
 
     def _send(self, run: Run) -> bool:
-        """The short way: a function in a worker, no condition, no time limit. False if this is another case.
+        """Deliver in the simple case: a function in a worker, no condition, no time limit. False in any other case.
 
         The base class needs a coroutine for each event: that takes as long as the rest of a delivery.
         """
@@ -273,7 +273,7 @@ class WorkerHandler(HandlerActor):
         return True
 
     def note_answer(self, outcome: InvocationResult) -> None:
-        """Count an answer of the worker; a timeout does not count."""
+        """Count an answer of the worker. A timeout is not one."""
         if type(outcome.error) is not TimedOut:
             self.answered += 1
 
@@ -299,7 +299,7 @@ class WorkerHandler(HandlerActor):
 
 
 class _InWorker:
-    """What a delivery waits for while a worker executes its function."""
+    """Runs the function of a delivery in a worker, while the delivery waits."""
 
     def __init__(
         self,
@@ -318,7 +318,7 @@ class _InWorker:
         return self._function.result_for_event((yield self))
 
     def start(self, go_on: Continue) -> None:
-        """Send the event, and go on with the outcome."""
+        """Send the event, and call `go_on` with the outcome."""
         function = self._function
         timer: asyncio.TimerHandle | None = None
 
@@ -342,7 +342,7 @@ class _InWorker:
 
 
 class _InServer:
-    """What a delivery waits for while a function of the engine or of the server itself runs."""
+    """Runs a function of the engine or the server itself, while the delivery waits."""
 
     def __init__(self, hub: Hub, run: Callable[[], Outcome]) -> None:
         self._hub = hub
@@ -386,7 +386,7 @@ class _InServer:
 
 
 class _OnThread:
-    """What a delivery waits for while a plain function of the program runs on a worker thread."""
+    """Runs a plain function of the program on a worker thread, while the delivery waits."""
 
     def __init__(self, target: Callable[[Any], Any], event: Any, threads: Dispatcher) -> None:
         self._target = target
@@ -397,7 +397,7 @@ class _OnThread:
         return unwrapped((yield self))
 
     def start(self, go_on: Continue) -> None:
-        """Run it there; the copied context holds the depth of the event."""
+        """Run it on a worker thread. The copied context holds the depth of the event."""
         context = contextvars.copy_context()
 
         def run() -> None:

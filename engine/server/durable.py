@@ -1,4 +1,4 @@
-"""Durable triggers that workers register: whose consumer is served by which worker, and how its function is called."""
+"""Durable triggers of workers: which worker serves a consumer, and how its function is called."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from scopestate.server.worker import Worker
 
 MOST: Final = 1_000
-"""Consumers that workers with one token, or all workers without tokens, may have made; they outlive the workers."""
+"""Consumers that workers with one token, or all workers without tokens, may have. They outlive the workers."""
 
 
 def trigger_id_of(consumer: str) -> str:
@@ -51,11 +51,11 @@ class WorkerConsumers:
         self._hub = hub
         self._table = hub.engine._router.triggers
         self._claims: Claims[Registered] = Claims("consumer")
-        # One at a time: what is registered last in the engine must be what is last in `_claims`.
+        # One at a time: the last trigger registered in the engine must be the last one in `_claims`.
         self._registering = asyncio.Lock()
 
     def check(self, worker: Worker, trigger_id: str, name: str) -> None:
-        """Refuse a trigger for a consumer that has another one. Raises Forbidden, InvalidRegistration, ConfigError."""
+        """Refuse a trigger if its consumer has another one. Raises Forbidden, InvalidRegistration, ConfigError."""
         if self._hub.engine._parts.consumers is None:
             raise ConfigError("this engine has no store that outlives it, so it has no durable triggers")
         self._claims.check(name, worker.access)
@@ -66,7 +66,7 @@ class WorkerConsumers:
             )
 
     async def add(self, registered: Registered) -> None:
-        """Have the trigger take the events of its consumer, which is made if there is none. Raises as `check`."""
+        """Let the trigger take the events of its consumer, which is made if necessary. Raises as `check`."""
         trigger = registered.trigger
         assert trigger is not None
         assert trigger.durable is not None  # the caller has looked
@@ -86,7 +86,7 @@ class WorkerConsumers:
         consumers.register(trigger, partial(self.call, trigger))
 
     def end(self, name: str, worker: Worker) -> None:
-        """Have the trigger that a worker offers take no more events. That of another worker goes on."""
+        """Stop the events of the trigger that a worker offers. A trigger of another worker continues."""
         serving = self._claims.serving(name)
         if not self._claims.remove(name, worker, keep=False):
             return
@@ -113,9 +113,9 @@ class WorkerConsumers:
     # -------------------------------------------------------------------------------------------------- deliveries
 
     def call(self, trigger: WorkerTrigger, function_id: str, attempt: Attempt) -> Any:
-        """Call the function or the condition of a delivery, with the rights that the worker has now.
+        """Call the function or the condition of a delivery, with the worker's present rights.
 
-        On a worker thread. Returns a coroutine where the call has to be waited for.
+        On a worker thread. Returns a coroutine if the call must be awaited.
         """
         owner, given = trigger.owner, attempt.event
         events = given if isinstance(given, list) else [given]
@@ -129,9 +129,9 @@ class WorkerConsumers:
             return self._on_hub(lambda: self._hub.call_for(owner, function_id, data))
         function = self._hub.functions.find(function_id)
         if function is None:
-            raise RetryLater(LATER_S)  # its worker has left at this moment
+            raise RetryLater(LATER_S)  # its worker has just left
         target = function.target
-        if function_id != trigger.function_id:  # a condition, which gets no metadata
+        if function_id != trigger.function_id:  # a condition gets no metadata
             asked = events[0].copy()
             asked.metadata = None
             return target(asked)

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 EngineFunction = Callable[["Worker | None", Raw], "bytes | Awaitable[bytes]"]
 
 FIGURES_SHARE: Final = 10
-"""Reading the figures of an engine with 100,000 scopes takes half a second: callers cannot make it do nothing else."""
+"""Reading the figures of an engine with 100,000 scopes takes half a second. This factor keeps callers from making it do
+nothing else."""
 
 _to_json: Final = msgspec.json.Encoder().encode
 _INTERNAL: Final = "engine::"
@@ -46,7 +47,7 @@ _Words = Annotated[str, msgspec.Meta(max_length=1_000)]
 
 
 class _Metadata(msgspec.Struct):
-    """What a worker tells about itself. Every field is optional; a wrong type is refused."""
+    """What a worker says about itself. Every field is optional; a wrong type is refused."""
 
     name: _Words | None = None
     runtime: _Words | None = None
@@ -64,7 +65,7 @@ class EngineFunctions:
         self._channels = channels
         self._figures = ScopeFigures(hub.engine)
         self._reading: asyncio.Task[bytes] | None = None
-        """Reads the figures for `engine::metrics`; None: there was no call since the last answer."""
+        """The task that reads the figures for `engine::metrics`; None: no call has come since the last answer."""
         self._figures_told = b""
         self._read_again_s = 0.0
         self.by_id: dict[str, EngineFunction] = {
@@ -93,9 +94,9 @@ class EngineFunctions:
         return b'{"success":true}'
 
     def _metrics(self, worker: Worker | None, data: Raw) -> bytes | Awaitable[bytes]:
-        """Answer with the figures of the engine. Whose token is not full must name the function: no pattern counts.
+        """Answer with the engine's figures. A token that is not full must name the function; patterns do not count.
 
-        They are read again when FIGURES_SHARE times as long has passed as reading them took.
+        They are read again after FIGURES_SHARE times the time that reading them took.
         """
         _read(METRICS_ID, data, _Listing)
         access = None if worker is None else worker.access
@@ -105,13 +106,13 @@ class EngineFunctions:
             return self._figures_told
         if self._reading is None:
             self._reading = self._hub.task_of(self._read_figures())
-        # Calls that come while the figures are read get the same.
+        # Calls that come while the figures are read get the same answer.
         return asyncio.shield(self._reading)
 
     async def _read_figures(self) -> bytes:
         engine, began = self._hub.engine, self._hub.loop.time()
         try:
-            # Not on the threads for handlers: the figures are wanted most when all of those are in use.
+            # Not on the threads for handlers: the figures matter most when all of those are in use.
             figures = await asyncio.get_running_loop().run_in_executor(None, figures_of, engine, self._figures)
         finally:
             self._reading = None
@@ -132,7 +133,7 @@ class EngineFunctions:
         return _to_json({"functions": self.function_infos(worker, internal=bool(options.include_internal))})
 
     def function_infos(self, worker: Worker | None, *, internal: bool) -> list[dict[str, Any]]:
-        """Describe every function that this worker may know of; None: the program, which may know of all.
+        """Describe every function that this worker may see. `worker` None is the program, which may see all.
 
         `internal`: include the server's own.
         """
@@ -180,7 +181,7 @@ class EngineFunctions:
         return _to_json({"workers": infos, "timestamp": time.time_ns() // 1_000_000})
 
     def _known_workers(self) -> Iterator[Worker]:
-        """Yield the workers of this server. That of a directory knows those of the engine's other servers too."""
+        """Yield the workers of this server. The server of a directory also yields those of the engine's others."""
         for hub in [self._hub] if self._hub.public else list(self._hub.engine._hubs):
             yield from list(hub.workers.values())
 

@@ -23,21 +23,22 @@ log = logging.getLogger("scopestate.sharing")
 MESSAGE_BYTES: Final = 1 << 30
 CALLS: Final = 1_000_000
 LAST_POLL_S: Final = 1.0
-"""How long a goodbye waits for the answers to polls."""
+"""Seconds that a goodbye waits for the answers to polls."""
 SENDING_LOOKS: Final = 1000
-"""For about so many milliseconds a goodbye waits until the last answers are sent."""
+"""A goodbye waits about this many milliseconds until the last answers are sent."""
 STOP_S: Final = 10.0
-"""How long the closing of an engine waits for its server to do one thing."""
+"""Seconds that a closing engine waits for one action of its server."""
 
 
 class FollowerServer(Server):
     """Serves on the socket in a directory. Its clients may do everything that the program may.
 
-    Made and run on one thread, by `run`. It can be closed in steps, so that no call of a follower is lost.
+    `run` runs it on its thread. It can be closed in steps, so that no call of a follower is lost.
     """
 
     _public = False
-    # A follower that is not calling does not read the connection for calls. The lock is released behind this.
+    # Short: a follower that is not calling does not read the connection for calls, and the lock is released only after
+    # this.
     _close_wait_s = 0.02
 
     def __init__(self, engine: Engine, listener: Listener) -> None:
@@ -57,13 +58,13 @@ class FollowerServer(Server):
         """As `handlers_may` of the last `hold`; None: calls are not held."""
 
     def run(self) -> None:
-        """Serve on this thread until `end` is called on another one. Raises what has ended it before."""
+        """Serve on this thread until `end` is called on another one. Raises the error that has ended it earlier."""
         self._run()
         if self._failure is not None:
             raise self._failure
 
     def end(self) -> None:
-        """Have it close every connection, and return from `run`. Idempotent; does not wait."""
+        """Close every connection and make `run` return. Idempotent; does not wait."""
         self._unwanted = True
         loop = self._loop
         if loop is not None:
@@ -75,14 +76,14 @@ class FollowerServer(Server):
         hub = self._hub
         if hub is None:
             return 0
-        # An engine has more than one connection.
+        # An engine may have more than one connection.
         return len({worker.metadata.get("name", worker.worker_id) for worker in list(hub.workers.values())})
 
     def hold(self, timeout_s: float, *, handlers_may: bool) -> None:
-        """Begin no more calls of followers, and wait until those that were begun are answered.
+        """Begin no more calls of followers, and wait until those that have begun are answered.
 
-        A call that is not begun gets no answer: its follower makes it again when another engine owns the directory.
-        `handlers_may`: calls by handlers are still begun.
+        A call that is not begun gets no answer: its follower repeats it when another engine owns the directory. With
+        `handlers_may`, calls by handlers are still begun.
         """
         self._held = handlers_may
         hub = self._hub
@@ -95,7 +96,7 @@ class FollowerServer(Server):
     def abandon(self) -> None:
         """In a forked child: leave every connection to the parent.
 
-        A copy of its socket here would keep it open when the parent has ended, and its follower would wait.
+        A copy of a socket here would keep its connection open after the parent has ended, and the follower would wait.
         """
         for arrival in list(self._handshakes._waiting):
             replace_by_nothing(arrival._socket.fileno())
@@ -130,7 +131,7 @@ class FollowerServer(Server):
         if polls:  # they are answered when the engine ends its watches
             await asyncio.wait(polls, timeout=LAST_POLL_S)
         for worker in list(hub.workers.values()):
-            # With a call that was begun and is not answered, the follower must take it for one that may have been done.
+            # If a call has begun and is not answered, the follower must assume that it may have been carried out.
             worker.close(GOING, STOPS if worker.has_calls else GOODBYE)
         for _ in range(SENDING_LOOKS):
             if not any(connection.unsent() for connection in self._all_connections()):
@@ -156,7 +157,7 @@ class FollowerServer(Server):
             self._loop.call_soon_threadsafe(do)
         except RuntimeError:  # it has ended at this moment
             return False
-        # Polled: an interruption within the methods of an `Event` could leave its lock taken.
+        # It polls, as an interruption within the methods of an `Event` could leave its lock taken.
         deadline = time.monotonic() + STOP_S
         while not done and self._is_running() and time.monotonic() < deadline:
             time.sleep(0.001)

@@ -1,8 +1,8 @@
-"""From the listening socket to a WebSocket: counts connections from the moment they are accepted, answers plain HTTP.
+"""From the listening socket to a WebSocket: count connections from their acceptance on, and answer plain HTTP.
 
-picows takes a connection over when the head of an upgrade request is complete. Before that a client has shown no token,
-so it may hold little: one descriptor, 16 KiB, a few seconds. When there are too many, the oldest are closed
-(docs/design/0023-limits-of-the-server.md).
+picows takes over a connection when the head of an upgrade request is complete. Until then a client has not shown a
+token, so it gets little: one descriptor, 16 KiB, a few seconds. If there are too many such connections, the oldest are
+closed (docs/design/0023-limits-of-the-server.md).
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ log = logging.getLogger("scopestate.server")
 HEAD_BYTES: Final = 16 * 1024
 """Longest head of an HTTP request."""
 HANDSHAKE_S: Final = 10.0
-"""How long a connection may stand without a complete request."""
+"""Seconds that a connection may be open without a complete request."""
 MOST_HANDSHAKES: Final = 512
-"""Connections without a complete request; one more closes the oldest of them."""
+"""Connections without a complete request. With more, the oldest of them is closed."""
 MOST_REQUESTS: Final = 100
 """Plain HTTP requests on one connection."""
 SLACK: Final = 8
-"""How many are closed at once when descriptors are short: new ones use the reserve until those are closed."""
+"""How many connections are closed at once when descriptors run short: until they are closed, new ones use the
+reserve."""
 CLOSING_S: Final = 0.005
 """Upper bound of the time that the event loop needs to close a connection."""
 RETRY_S: Final = 0.2
@@ -59,7 +60,7 @@ class Request:
         if version not in ("HTTP/1.0", "HTTP/1.1"):
             raise ValueError("the server speaks HTTP/1.0 and HTTP/1.1")
         self.minor = int(version[-1])
-        if not target.startswith("/"):  # the absolute form, as a proxy is asked
+        if not target.startswith("/"):  # the absolute form, as in requests to a proxy
             _, separator, rest = target.partition("://")
             target = "/" + rest.partition("/")[2] if separator else target
         self.path, _, self.query = target.partition("?")
@@ -85,7 +86,7 @@ class Request:
 
     @property
     def has_body(self) -> bool:
-        """Whether a body follows, which is never read."""
+        """Whether a body follows. It is never read."""
         return "transfer-encoding" in self.headers or self.headers.get("content-length", "0").strip("0") != ""
 
     def keeps_alive(self) -> bool:
@@ -95,7 +96,7 @@ class Request:
         return self.minor == 1 or "keep-alive" in self.connection
 
     def for_picows(self) -> bytes:
-        """The head again, with `Connection: Upgrade` alone: Firefox says `keep-alive, Upgrade`."""
+        """Return the head with `Connection: Upgrade` alone, as Firefox sends `keep-alive, Upgrade`."""
         target = self.path + ("?" + self.query if self.query else "")
         kept = [line for line in self.lines if line.partition(":")[0].strip().lower() != "connection"]
         head = "\r\n".join([f"{self.method} {target} HTTP/1.1", "Connection: Upgrade", *kept])
@@ -113,7 +114,7 @@ class Response:
         self.headers = {"Content-Type": "text/plain; charset=utf-8", **(headers or {})}
 
     def encode(self, *, with_body: bool, keep_alive: bool, minor: int) -> bytes:
-        """The bytes to send. `with_body` False: as for HEAD."""
+        """Return the bytes to send. `with_body` is False for HEAD."""
         lines = [f"HTTP/1.1 {self.status.value} {self.status.phrase}"]
         lines += [f"{name}: {value}" for name, value in self.headers.items()]
         lines.append(f"Content-Length: {len(self.body)}")
@@ -153,8 +154,9 @@ class Handshakes:
         return len(self._waiting)
 
     async def accept_from(self, listener: socket.socket) -> None:
-        """Accept until cancelled. Nothing that a client does ends it."""
-        # Not `loop.sock_accept`: one that is cancelled just when a client has come drops the socket without closing it.
+        """Accept connections until cancelled. No client can end this."""
+        # Not `loop.sock_accept`: if it is cancelled just when a client has come, it drops the socket without closing
+        # it.
         loop = asyncio.get_running_loop()
         while True:
             try:
@@ -165,23 +167,23 @@ class Handshakes:
                 continue
             except OSError as error:
                 if error.errno in _EXHAUSTED:
-                    # Other descriptors of the process have taken what was kept in reserve.
+                    # Other parts of the process have used up the reserved descriptors.
                     self._log.warning("no connection can be accepted: %s", error)
                     self._make_room(SLACK)
                     await asyncio.sleep(RETRY_S)
                 elif listener.fileno() < 0:
                     return
                 continue  # the client had left before it was accepted
-            # 0: others get their turn, however many clients come.
+            # 0: other tasks get their turn, however many clients come.
             await asyncio.sleep(CLOSING_S if self._admit(loop, accepted) else 0)
 
     def _admit(self, loop: asyncio.AbstractEventLoop, accepted: socket.socket) -> bool:
-        """Hold a new connection, or close it. True: descriptors are short, so pause before the next one."""
+        """Keep a new connection, or close it. True: descriptors run short, so pause before the next one."""
         if self._refusal is not None and (reason := self._refusal(accepted)) is not None:
             self._log.warning("a connection was refused: %s", reason)
             accepted.close()
             return False
-        # A new descriptor is the lowest free number: one this high says how many are in use, without counting them.
+        # A new descriptor is the lowest free number, so its value tells how many are in use without counting them.
         crowded = 0 < self._highest <= accepted.fileno()
         if crowded or len(self._waiting) >= self._most:
             made_room = self._make_room(SLACK if crowded else 1)
@@ -202,7 +204,7 @@ class Handshakes:
         return crowded
 
     def _make_room(self, wanted: int) -> bool:
-        """Close the connections that have been without a request for longest: an honest client takes milliseconds."""
+        """Close the connections that have waited longest without a request: an honest client takes milliseconds."""
         oldest = list(itertools.islice(self._waiting, wanted))
         for arrival in oldest:
             self.turned_away += 1
@@ -242,7 +244,7 @@ class _Arrival(asyncio.BufferedProtocol):
         self.task: asyncio.Task[None] | None = None
 
     async def begin(self, tls: ssl.SSLContext | None) -> None:
-        """Make a transport of the socket; with TLS this waits for the handshake."""
+        """Create a transport for the socket; with TLS this waits for the handshake."""
         loop = asyncio.get_running_loop()
         try:
             if tls is None:
@@ -268,7 +270,7 @@ class _Arrival(asyncio.BufferedProtocol):
                 self._socket.close()
 
     def _leave(self) -> bool:
-        """Remove it from those that wait; False: it was removed before."""
+        """Remove it from the waiting connections; False if it was already removed."""
         self._timer.cancel()
         self._over = True
         if self._answering is not None:
@@ -377,7 +379,7 @@ class _UnixTransport:
 
     def __init__(self, transport: Any) -> None:
         self._transport = transport
-        # What is called for every message, without a call more.
+        # Called for every message, so bound directly.
         self.get_write_buffer_size = transport.get_write_buffer_size
         self.write = transport.write
         self.writelines = transport.writelines
@@ -410,7 +412,7 @@ class _UnixSocket:
 
 
 def _split(received: bytes) -> tuple[bytes | None, bytes]:
-    """Return the head of a request and what follows it; None: it is not complete. Bare line feeds end lines too."""
+    """Return the head of a request, None if incomplete, and the rest. Bare line feeds end lines too."""
     ends = [(where, len(mark)) for mark in (b"\r\n\r\n", b"\n\n") if (where := received.find(mark)) >= 0]
     if not ends:
         return None, received
@@ -423,7 +425,7 @@ def _plain(status: HTTPStatus, words: str) -> Response:
 
 
 class Certificates:
-    """The certificate of the server, read again when its files have changed."""
+    """The certificate of the server. It is read again when its files have changed."""
 
     def __init__(self, config: TlsConfig) -> None:
         """Raises ConfigError if it cannot be read."""
@@ -434,7 +436,7 @@ class Certificates:
         self._context = self._read()
 
     def current(self) -> ssl.SSLContext:
-        """The context for a new connection. Files that cannot be used leave the one before in place, and are logged."""
+        """Return the context for a new connection. If files cannot be used, that is logged and the old one stays."""
         seen = self._look()
         if seen != self._seen:
             self._seen = seen
@@ -469,7 +471,7 @@ class Certificates:
 
 
 def descriptor_limit() -> int:
-    """How many descriptors the process may have; 0: no limit."""
+    """Return how many descriptors the process may have; 0: no limit."""
     try:
         import resource  # noqa: PLC0415 - not on Windows
     except ImportError:  # pragma: no cover - as above
@@ -479,5 +481,5 @@ def descriptor_limit() -> int:
 
 
 def _reserve(limit: int) -> int:
-    """Descriptors that are kept for the engine: its store, its configuration, the program around it."""
+    """Return how many descriptors are reserved for the engine: its store, its configuration, its program."""
     return min(256, max(limit // 8, min(32, limit // 2)))

@@ -1,4 +1,4 @@
-"""Engines behind a bridge that take events of consumers here and handle them (docs/reference/protocol.md 13.1)."""
+"""Engines behind a bridge that take and handle events of consumers here (docs/reference/protocol.md 13.1)."""
 
 from __future__ import annotations
 
@@ -42,29 +42,30 @@ if TYPE_CHECKING:
     from scopestate.server.worker import Worker
 
 CLAIM_S: Final = 2.0
-"""An engine whose connection is lost keeps what it is handling for so long: it may be back. Not if its process is on
-this machine, and gone."""
+"""Seconds that an engine whose connection is lost keeps the events that it is handling, as it may come back. If its
+process was on this machine and has ended, it loses them at once."""
 PATIENCE_S: Final = 2.0
-"""An engine that says nothing for so long, or for the `ack_wait` of its trigger if that is longer, is dismissed."""
+"""An engine that is silent for this many seconds, or for the `ack_wait` of its trigger if that is longer, is
+dismissed."""
 LOOK_S: Final = 0.1
 MOST_HOLDERS: Final = 1_000
-"""As so many holders one connection may take events: it has one for each durable trigger."""
+"""Holders that one connection may have: one for each durable trigger."""
 _MOST: Final = 256
 
 _encode: Final = msgspec.json.Encoder().encode
 
 
 class _Place:
-    """One engine behind a bridge, at one consumer. On the server's event loop, but for `wake` and `note_lost`."""
+    """One engine behind a bridge, at one consumer. On the server's event loop, except `wake` and `note_lost`."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, shared: SharedConsumer, access: Access | None) -> None:
         self.shared = shared
         self.access = access
         self.holder: Holder
         self.worker: Worker | None = None
-        """The connection by which it asks for events."""
+        """The connection on which it requests events."""
         self.pid = 0
-        """Its process, if that is on this machine."""
+        """The id of its process, if that is on this machine."""
         self.news = asyncio.Event()
         self.lost: list[int] = []
         self.paused: str | None = None
@@ -75,12 +76,12 @@ class _Place:
         self.takes = 0
         """How many of its calls wait for events."""
         self.is_joining = True
-        """True until the consumer knows it, or has refused it."""
+        """True until the consumer has accepted or refused it."""
         self._loop = loop
         self._woken = False
 
     def wake(self) -> None:
-        """There may be something for it. From any thread."""
+        """Note that there may be events for it. From any thread."""
         if not self._woken:
             self._woken = True
             with suppress(RuntimeError):  # the server has stopped
@@ -91,19 +92,19 @@ class _Place:
         self.news.set()
 
     def note_lost(self, positions: Sequence[int]) -> None:
-        """It does not hold these any more. From any thread."""
-        self.lost.extend(positions)  # not `+=`, which would put a list back that was told meanwhile
+        """Note that it no longer holds these events. From any thread."""
+        self.lost.extend(positions)  # not `+=`, which would put back a list that was taken meanwhile
         self.wake()
 
     def take_lost(self) -> list[int]:
-        """Return what is lost and was not told."""
+        """Return the lost positions that it was not told about."""
         lost = self.lost.copy()
         del self.lost[: len(lost)]
         return lost
 
     @property
     def is_held(self) -> bool:
-        """Whether it is a holder still."""
+        """Whether it is still a holder."""
         return self.shared.holder(self.holder.name) is self.holder and not self.shared.is_forgotten
 
 
@@ -158,7 +159,7 @@ class Deliveries:
         if before is None and sum(one.worker is worker for one in self._places.values()) >= MOST_HOLDERS:
             raise InvalidRegistration(f"this connection takes events for {MOST_HOLDERS} durable triggers already")
         self._places[name, asked.holder] = place
-        if self._hub.workers.get(worker.worker_id) is worker:  # else its connection was lost meanwhile
+        if self._hub.workers.get(worker.worker_id) is worker:  # otherwise its connection was lost meanwhile
             place.worker = worker
         place.paused = shared.source.paused()
 
@@ -172,7 +173,7 @@ class Deliveries:
         finally:
             place.is_joining = False
         if before is not None:
-            before.news.set()  # a call that waits there would learn nothing more
+            before.news.set()  # a call that waits there would get no more news
         self._look_later()
         return _encode(handed.Joined(lost, place.paused))
 
@@ -184,7 +185,7 @@ class Deliveries:
         return place if place.is_held else None
 
     def disconnect(self, worker: Worker) -> None:
-        """The connection of a worker is lost: it may be back in a moment, or its process is gone."""
+        """Note that the connection of a worker is lost: it may come back in a moment, or its process is gone."""
         for place in self._places.values():
             if place.worker is worker:
                 place.worker = None
@@ -227,7 +228,7 @@ class Deliveries:
             await self._hub.engine.aio.elsewhere(lambda: place.shared.leave(place.holder.name))
 
     def hold(self) -> None:
-        """Give no more events: the engine is closing, and another one goes on. What waits for some is answered."""
+        """Give no more events, as the engine closes and another one continues. Waiting calls are answered."""
         self._gives = False
         for place in self._places.values():
             place.news.set()
@@ -293,7 +294,7 @@ class Deliveries:
         if asked.flush or asked.letters or asked.leave or asked.resolve is not None:
             noted: handed.Noted = await self._elsewhere(worker, lambda: self._noted(place, asked))
         else:
-            noted = self._noted(place, asked)  # it waits for no disk, and a hand-over takes longer
+            noted = self._noted(place, asked)  # it does not use the disk, and switching threads takes longer
         return _encode(noted)
 
     @staticmethod
@@ -324,7 +325,8 @@ class Deliveries:
         if type(batch) is not Batch:
             raise Unsupported("a transaction of a delivery", "with `_delivery` it takes no idempotency key")
         if place is None:
-            # The engine that owned the store before has given it. Its next attempt, if there is one, acknowledges here.
+            # The previous owner of the store has given this event. Its next attempt, if there is one, acknowledges
+            # here.
             raise Conflict(request.scope, (KeyConflict(0, next(iter(batch.keys), ""), None, 0),))
         fence = place.shared.fence(place.holder, position, serial)
         acks = place.shared.source.transaction(position, request.scope)
@@ -351,7 +353,7 @@ def _is_gone(place: _Place) -> bool:
     except ProcessLookupError:
         return True
     except OSError:
-        return False  # it is another user's
+        return False  # the process belongs to another user
     return False
 
 

@@ -75,7 +75,7 @@ log = logging.getLogger("scopestate.server")
 T = TypeVar("T")
 
 WORKERS_SHARE: Final = 4
-"""The calls of all workers together may hold this many times as many bytes as those of one."""
+"""The calls of all workers together may hold this many times the bytes that those of one worker may."""
 
 
 class Hub:
@@ -92,9 +92,9 @@ class Hub:
         *,
         public: bool = True,
     ) -> None:
-        """`public`: the program too can call the functions of the server, `engine::*`; an engine has one such server.
+        """`public`: the program can also call the server's functions, `engine::*`. An engine can have one such server.
 
-        Raises InvalidRegistration if the engine has a public server already.
+        Raises InvalidRegistration if the engine already has a public server.
         """
         self.engine = engine
         self.channels = channels
@@ -119,15 +119,15 @@ class Hub:
         self._deep = False
         """True while `event_depth` is set for the call in progress."""
         self._serving: Serving | None = None
-        """What observes the call in progress, until its end is known."""
+        """The observer of the call in progress, until its end is known."""
         self.log = BoundedLog(log)
-        """For what workers cause; bounded."""
+        """For log lines that workers cause; bounded."""
         self._tasks: set[asyncio.Task[Any]] = set()
         self.holds: Literal["calls", "all"] | None = None
-        """Which calls of workers are not begun any more: all, or all but those by handlers; None: they are begun."""
+        """Which calls of workers are no longer begun: all, or all except those by handlers. None: all are begun."""
         self.public = public
         self.act_of_worker = self.act if public else self.act_unless_held
-        """What the messages of workers are given to."""
+        """The method that gets the messages of workers."""
         self.triggers = WorkerTriggers(self, max_waiting_events, max_waiting_bytes)
         self._engine_functions = EngineFunctions(self, channels)
         self._published = self._engine_functions.functions() if public else []
@@ -149,7 +149,7 @@ class Hub:
         *,
         carries_depth: bool = False,
     ) -> Worker:
-        """Add a new worker; its greeting is the first message sent. `message_bytes`: the largest message it takes."""
+        """Add a new worker; its greeting is the first message sent. `message_bytes`: the largest that it accepts."""
         limits = self._limits
         if message_bytes is not None:
             limits = msgspec.structs.replace(limits, message_bytes=message_bytes)
@@ -229,7 +229,7 @@ class Hub:
             self.calls += 1
             builtin = self._state.get(action.function_id)
             if builtin is not None and worker.access is None:
-                # The state functions first, by the shortest way: most messages are calls of them.
+                # The state functions first, on the shortest path: most messages are calls of them.
                 try:
                     outcome = builtin(action.data, worker)
                 except Exception as error:  # noqa: BLE001 - answered; what is a bug is logged as well
@@ -240,7 +240,7 @@ class Hub:
                     if message is not None:
                         worker.send(message)
                 else:
-                    self._later(worker, action, outcome)  # type: ignore[arg-type]  # it waits, then
+                    self._later(worker, action, outcome)  # type: ignore[arg-type]  # an awaitable, then
             else:
                 self._call(worker, action)
         elif type(action) is Answered:
@@ -259,20 +259,20 @@ class Hub:
         if self.holds is None or type(action) is not InvokeFunction or action.invocation_id is None:
             self.act(worker, action)
         elif action.function_id == polls.FUNCTION_ID:
-            # The last one is answered when the engine has made its last change.
+            # The last poll is answered when the engine has made its last change.
             if self.engine._router.feed.ended:
                 worker.session.waiting -= 1
             else:
                 self.act(worker, action)
         elif self.holds == "calls" and action.function_id == NOTE:
-            self.act(worker, action)  # what handlers have done is not lost
+            self.act(worker, action)  # so that the work of handlers is not lost
         elif self.holds == "all" or not worker.session.depth_of(action):
             worker.session.waiting -= 1
         else:
             self.act(worker, action)
 
     def _act_deep(self, worker: Worker, call: InvokeFunction, depth: int) -> None:
-        """Carry out a call from within a handler, or of a trace: its writes and its calls have that `depth`."""
+        """Carry out a call from a handler, or with a trace: its writes and calls get this `depth`."""
         self._deep = True
         event_depth.set(depth)
         try:
@@ -290,14 +290,14 @@ class Hub:
         return function is not None and type(function.target) is not WorkerFunction
 
     def _act_observed(self, worker: Worker, call: InvokeFunction, observer: Observer, serving: Serving) -> None:
-        """Carry out a call of a trace: what it causes comes from what the observer has made for it."""
+        """Carry out a call with a trace: whatever it causes belongs to the span that the observer has made for it."""
         self._serving = serving
         try:
             with serving.attached():
                 event_depth.set(TracedDepth.of(event_depth.get(), observer.origin()))
                 self.act(worker, call)
         finally:
-            if self._serving is not None:  # it is over; else a task ends it
+            if self._serving is not None:  # it is over; otherwise a task ends it
                 self._serving = None
                 serving.end()
 
@@ -336,7 +336,7 @@ class Hub:
             shown: dict[Access | None, dict[str, Any]] = {}
 
             def event_for(watcher: Worker) -> dict[str, Any]:
-                # One for all workers with the same token, as they see the same functions.
+                # One event for all workers with the same token, as they see the same functions.
                 if watcher.access not in shown:
                     infos = encode_frame(self._engine_functions.function_infos(watcher, internal=True))
                     shown[watcher.access] = {"event": "functions_changed", "functions": decode(infos)}
@@ -368,7 +368,7 @@ class Hub:
         return Function(function.frame.id, function, self.loop, function.frame.description)
 
     def _withdraw(self, function: WorkerFunction, *, lost: bool) -> None:
-        """Remove a function. One that another worker of the same token offers under this id serves again."""
+        """Remove a function. If another worker with the same token offers one under this id, that one serves again."""
         worker, function_id = function.worker, function.frame.id
         worker.functions.pop(function_id, None)
         self.offered.remove(function_id, worker, keep=lost)
@@ -376,7 +376,7 @@ class Hub:
         self.functions.discard(function_id, function, None if before is None else self._entry(before))
 
     def withdraw_forbidden(self, worker: Worker) -> None:
-        """Remove what a worker may no longer have registered, after the rights of its token have changed."""
+        """Remove the registrations that a worker may no longer have after the rights of its token have changed."""
         access = worker.access
         if access is None:
             return
@@ -397,7 +397,7 @@ class Hub:
             self._refuse_trigger(worker, frame, error)
             return
         if rest is not None:
-            # It waits for the disk. What the worker sends behind it must find it registered.
+            # It waits for the disk. The worker's later messages must find it registered.
             worker.pause_messages()
             self.spawn(self._register_later(worker, frame, rest))
             return
@@ -420,7 +420,7 @@ class Hub:
     def refuse(
         self, worker: Worker, frame: RegisterFunction | RegisterTrigger | RegisterTriggerType, error: Exception
     ) -> None:
-        """Note a refused registration. The connection of a worker that keeps trying is closed."""
+        """Note a refused registration. If the worker keeps trying, its connection is closed."""
         self.note_refusal(error)
         closing = worker.session.refused(frame)
         if closing is not None:
@@ -439,7 +439,7 @@ class Hub:
                 if outcome is None or type(outcome) is bytes:
                     worker.answer(call, outcome)
                 else:
-                    self._later(worker, call, outcome)  # type: ignore[arg-type]  # it waits, then
+                    self._later(worker, call, outcome)  # type: ignore[arg-type]  # an awaitable, then
                 return
             function = self.functions.find(function_id)
             own = self._engine_functions.by_id.get(function_id)
@@ -448,7 +448,7 @@ class Hub:
                 if type(answer) is bytes:
                     worker.answer(call, answer)
                 else:
-                    self._later(worker, call, answer)  # type: ignore[arg-type]  # it waits, then
+                    self._later(worker, call, answer)  # type: ignore[arg-type]  # an awaitable, then
                 return
             if function is None:
                 raise FunctionNotFound(function_id)
@@ -467,7 +467,7 @@ class Hub:
         if self._serving is not None:
             self._serving.fail(error)
         if not self.public and isinstance(error, EngineClosed) and self.engine.closed:
-            # It was not begun. Without an answer the follower makes it again when another engine owns the directory.
+            # The call was not begun. Without an answer, the follower repeats it when another engine owns the directory.
             worker.session.waiting -= 1
         else:
             worker.answer(call, error=failure(call, error))
@@ -478,7 +478,7 @@ class Hub:
             self.refused += 1
 
     def own_function(self, function_id: str) -> Callable[[Worker, Raw], Outcome] | None:
-        """Return what calls a function of the engine or of the server with a worker's rights; None: it is neither."""
+        """Return what calls a function of the engine or server with a worker's rights; None: it is neither's."""
         state = self._state.get(function_id)
         if state is not None:
             return lambda worker, data: state(data, worker)
@@ -497,7 +497,7 @@ class Hub:
             await outcome
 
     def _forward(self, caller: Worker, call: InvokeFunction, target: WorkerFunction) -> None:
-        """Have another worker execute a call, with the caller's id; its answer goes back unparsed."""
+        """Let another worker execute a call, under the caller's id; the answer is passed back unparsed."""
 
         if call.data:
             try:
@@ -521,7 +521,7 @@ class Hub:
 
         self._check_held(call)
         execution = self.execute(target, with_caller(call.data, caller.worker_id), settle, call)
-        call.data = call.metadata = ABSENT  # sent: the whole message need not be kept until the answer
+        call.data = call.metadata = ABSENT  # it was sent: the message need not be kept until the answer comes
         caller.issued[execution] = self._hold(caller, call)
 
     def execute(
@@ -537,9 +537,9 @@ class Hub:
     ) -> Execution:
         """Send a call to the worker of `target`; `settle` gets the outcome: an answer, a loss or a timeout.
 
-        `depth`: how many handlers deep it is; by default that of the running code. `metadata` goes beside the data.
-        `timed`: False if the caller itself gives up after a time. Raises Overloaded if the worker has too many calls in
-        progress, RemoteFailure if it is gone, and MessageTooLarge.
+        `depth` is the number of handlers above it; by default that of the running code. `metadata` is sent next to the
+        data. `timed` is False if the caller itself gives up after a time. Raises Overloaded if the worker has too many
+        calls in progress, RemoteFailure if it is gone, and MessageTooLarge.
         """
         worker = target.worker
         if worker.session.closed:
@@ -573,7 +573,7 @@ class Hub:
         return execution
 
     def _expire(self) -> None:
-        """Answer `TIMEOUT` for calls that took too long. All wait equally long, so the oldest come first."""
+        """Answer `TIMEOUT` for calls that took too long. All have the same time limit, so the oldest come first."""
         self._timer = None
         now = self.loop.time()
         for execution, due in list(self._deadlines.items()):
@@ -587,7 +587,7 @@ class Hub:
                 )
 
     def drop(self, execution: Execution) -> bool:
-        """Stop waiting for a call. False: it had ended already."""
+        """Stop waiting for a call. Returns False if it had already ended."""
         self._deadlines.pop(execution, None)
         return execution.forget()
 
@@ -602,17 +602,17 @@ class Hub:
 
     def _later(self, worker: Worker, call: InvokeFunction, outcome: Awaitable[Result]) -> None:
         size = self._hold(worker, call)
-        call.data = call.metadata = ABSENT  # `outcome` has what it needs of them
+        call.data = call.metadata = ABSENT  # `outcome` has everything that it needs of them
         serving, self._serving = self._serving, None
         task = self.task_of(self._answer_later(worker, call, outcome, size, serving))
         if serving is not None:
             task.add_done_callback(lambda _: serving.end())
-        task.add_done_callback(lambda _: close_unrun(outcome))  # if it was cancelled before it began
+        task.add_done_callback(lambda _: close_unrun(outcome))  # needed if the task is cancelled before it begins
         if call.function_id == polls.FUNCTION_ID:
             worker.note_poll(task)
 
     def _check_held(self, call: InvokeFunction) -> None:
-        """Refuse a call that has to wait, if the calls of all workers hold as many bytes as they may."""
+        """Refuse a call that has to wait if the calls of all workers already hold as many bytes as allowed."""
         if self._held_bytes + _size_of(call) > self._max_held_bytes:
             raise Overloaded(
                 f"the calls of all workers that are in progress hold {self._held_bytes} bytes, and they may hold "
@@ -670,7 +670,7 @@ def _size_of(call: InvokeFunction) -> int:
 
 
 def failure(call: InvokeFunction, error: Exception) -> ErrorBody:
-    """Return an error as it is sent (docs/reference/protocol.md 4.4). Others than ours are bugs, and logged."""
+    """Return an error as it is sent (docs/reference/protocol.md 4.4). Errors of other kinds are bugs, and logged."""
     if isinstance(error, ScopestateError):
         return ErrorBody(error.code, str(error), getattr(error, "stacktrace", None), details_of(error))
     log.error("a call of %r failed inside the server", shown(call.function_id), exc_info=error)

@@ -1,8 +1,8 @@
 """A server for iii workers: the engine's functions, triggers and events over WebSocket (docs/reference/protocol.md).
 
     with Engine.from_config("engine.yaml") as engine, Server(engine, port=49134) as server:
-        ...                                   # on a thread and an event loop of its own
-    await Server(engine).serve()              # on the loop that is running
+        ...                                   # on its own thread and event loop
+    await Server(engine).serve()              # on the running event loop
 
 Needs the extra `wire`. Paths: `/` for workers, `/otel` for telemetry, `/ws/channels/{id}`, `/healthz`, `/metrics`.
 """
@@ -23,7 +23,7 @@ from urllib.parse import parse_qs
 
 import msgspec
 
-try:  # before the modules that import it without such a message
+try:  # before modules whose import would fail without this message
     import picows
 except ImportError as error:  # pragma: no cover - the extra is installed where tests run
     raise ImportError("a server needs the extra `wire`: pip install 'scopestate[wire]'") from error
@@ -55,23 +55,24 @@ _WSProtocol: Final[Callable[..., asyncio.BufferedProtocol]] = picows.picows.WSPr
 logging.getLogger("picows").setLevel(logging.CRITICAL)
 
 LOOK_S: Final = 1.0
-"""How often overrun workers are checked for."""
+"""Seconds between two checks for overrun workers."""
 PROGRESS_LOOKS: Final = 15
-"""The connection of a worker that reads nothing for so many checks, while much waits for it, is aborted."""
+"""A worker's connection is aborted if it reads nothing for this many checks while too much waits for it."""
 FUNCTIONS_LOOKS: Final = 5
-"""After how many checks `engine::functions-available` compares the functions with those of the last time."""
+"""Checks between two comparisons of the functions for `engine::functions-available`."""
 RECEIVE_BUFFER: Final = 256 * 1024
-"""What the kernel holds for a connection, which bounds how much of one connection is handled at once."""
+"""Bytes that the kernel buffers for a connection, which limits how much of one connection is handled at once."""
 MAX_REFUSALS: Final = 64
-"""Connections without a valid token that are open for their error message; more are answered with HTTP 401."""
+"""Connections without a valid token that may be open to get their error message; further ones are answered with HTTP
+401."""
 RESERVED_SHARE: Final = 10
-"""One connection in so many (rounded up) is reserved for workers whose tokens allow everything."""
+"""One in this many connections (rounded up) is reserved for workers whose tokens allow everything."""
 START_TIMEOUT_S: Final = 30.0
 CLOSE_WAIT_S: Final = 1.0
-"""How long a server that stops waits for the answers to its close frames."""
+"""Seconds that a stopping server waits for the answers to its close frames."""
 
 STOPS: Final = "the server stops"
-"""The reason that connections are closed with."""
+"""The reason given when connections are closed."""
 _WITHDRAWN: Final = "its token was withdrawn"
 _UNAUTHORISED: Final = encode(
     Error(ErrorBody("AUTH_ERROR", "this server wants `Authorization: Bearer TOKEN` with a token it knows"))
@@ -79,12 +80,12 @@ _UNAUTHORISED: Final = encode(
 
 
 class ServerStatus(Plain, msgspec.Struct, frozen=True):
-    """What a server does at one moment."""
+    """The state of a server at one moment."""
 
     url: str
     workers: int
     connections: int
-    """Workers and all others: telemetry, channels."""
+    """All open connections: workers, telemetry, channels."""
     handshakes: int
     """Connections that were accepted and have sent no complete request yet."""
     turned_away: int
@@ -104,7 +105,7 @@ class Server:
 
     _close_wait_s = CLOSE_WAIT_S
     _public = True
-    """Whether the program too can call the functions of the server, `engine::*`."""
+    """Whether the program can also call the server's functions, `engine::*`."""
 
     def __init__(
         self,
@@ -115,14 +116,14 @@ class Server:
         config: ServerConfig | None = None,
         owns_engine: bool = False,
     ) -> None:
-        """`host` and `port` take the place of the config's; `owns_engine`: stopping also closes the engine.
+        """`host` and `port` replace those of the configuration. With `owns_engine`, stopping also closes the engine.
 
         Raises ConfigError for a token or certificate that cannot be read, and for an address that needs a token.
         """
         given = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
         self.config = msgspec.structs.replace(config or ServerConfig(), **given)
         self.engine = engine
-        given_engine: object = engine  # whatever the program passed
+        given_engine: object = engine  # the program may pass anything
         if not isinstance(given_engine, Engine):
             raise ConfigError(
                 f"Server() takes an Engine, not {type(given_engine).__name__}: for a file or a mapping there is "
@@ -141,7 +142,7 @@ class Server:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._hub: Hub | None = None
         self._scrape: asyncio.Task[Response] | None = None
-        """Reads the figures for `/metrics`; None: there was no request since the last answer."""
+        """The task that reads the figures for `/metrics`; None: no request has come since the last answer."""
         self._channels: Channels | None = None
         self._thread: threading.Thread | None = None
         self._listening = threading.Event()
@@ -151,7 +152,7 @@ class Server:
         self._looks = 0
         self.host = self.config.host
         self.port = self.config.port
-        """The port that it listens on, once it does."""
+        """The port on which it listens; before that, the configured one."""
 
     @classmethod
     def from_config(
@@ -175,12 +176,12 @@ class Server:
 
     @property
     def url(self) -> str:
-        """Where workers connect to."""
+        """The address to which workers connect."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{'wss' if self._certificates else 'ws'}://{host}:{self.port}"
 
     def status(self) -> ServerStatus:
-        """Return what it is doing now. From any thread."""
+        """Return the current state. From any thread."""
         hub = self._hub
         workers: list[Worker] = [] if hub is None else list(hub.workers.values())
         return ServerStatus(
@@ -198,7 +199,7 @@ class Server:
     # ------------------------------------------------------------------------------------------- starting, stopping
 
     def start(self) -> Self:
-        """Serve on a thread of its own; return once it listens. Raises OSError if it cannot, as for a port in use."""
+        """Serve on a thread of its own; return once it listens. Raises OSError, such as for a port in use."""
         if not self._exclusive.run(self._start):
             return self
         assert self._thread is not None
@@ -213,7 +214,7 @@ class Server:
         return self
 
     def stop(self) -> None:
-        """Close every connection with code 1012, end the thread; close the engine if it is the server's. Idempotent."""
+        """Close every connection with code 1012, end the thread, and close the engine if it owns it. Idempotent."""
         self._exclusive.run(self._end)
         if self._owns_engine:
             self.engine.close()
@@ -228,7 +229,7 @@ class Server:
     def _end(self) -> None:
         loop = self._loop
         if loop is not None:
-            with contextlib.suppress(RuntimeError):  # it has ended already
+            with contextlib.suppress(RuntimeError):  # it has already ended
                 loop.call_soon_threadsafe(self._ask_to_stop)
         if self._thread is not None:
             join(self._thread)
@@ -300,7 +301,7 @@ class Server:
         finally:
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)  # before the sockets that they wait for are closed
+            await asyncio.gather(*tasks, return_exceptions=True)  # before the sockets for which they wait are closed
             for listener in listeners:
                 listener.close()
             self._handshakes.close()
@@ -318,7 +319,7 @@ class Server:
 
     @property
     def _what(self) -> str:
-        """Whom it serves and where, for the log."""
+        """What it serves and where, for the log."""
         return f"workers on {self.url}"
 
     def _refuse_connection(self, accepted: socket.socket) -> str | None:
@@ -352,7 +353,7 @@ class Server:
 
     async def _close_connections(self) -> None:
         if self._owns_engine:
-            # While the workers are still there: handlers of events already fired run in them.
+            # While the workers are still connected: they run the handlers of events already fired.
             await asyncio.get_running_loop().run_in_executor(None, self.engine.close)
         await self._say_goodbye()
         if self._hub is not None:
@@ -371,7 +372,7 @@ class Server:
         self._hub = self._channels = self._loop = None
 
     async def _say_goodbye(self) -> None:
-        """End the connections that end otherwise than the rest, which are closed next."""
+        """End the connections that need a special goodbye. The others are closed after this."""
 
     def _follow_reloads(self) -> None:
         """Apply changed tokens, if the configuration is the engine's own."""
@@ -419,7 +420,7 @@ class Server:
         if hub is None or channels is None:
             return _refusal(HTTPStatus.SERVICE_UNAVAILABLE, "the server stops")
         if path.startswith("/ws/channels/"):
-            # It needs the key alone. A worker of any token may have made it, so it gets no reserved place.
+            # Only the key counts here. A worker with any token may have made the channel, so it gets no reserved place.
             if self._is_full(all_places=False):
                 return _refusal(HTTPStatus.SERVICE_UNAVAILABLE, "too many connections")
             fields = parse_qs(query)
@@ -439,7 +440,7 @@ class Server:
     def _take_in(self, hub: Hub, access: Access | None, path: str, request: picows.WSUpgradeRequest) -> Any:
         config = self.config
         if path == "/otel":
-            # Counted apart: telemetry does not use up the connections of workers.
+            # Counted separately: telemetry does not use up the connections of workers.
             if len(self._telemetry) >= config.max_connections:
                 return _refusal(HTTPStatus.SERVICE_UNAVAILABLE, "too many telemetry connections")
             sink = Telemetry(access, self._batches)
@@ -455,14 +456,14 @@ class Server:
             config.max_message_bytes,
             config.max_unsent_bytes,
             limit_in(announced, config.max_message_bytes),
-            carries_depth=announced is not None,  # it is a client of ours
+            carries_depth=announced is not None,  # it is scopestate's own client
         )
         worker.belong_to(self._connections)
         response = picows.WSUpgradeResponse.create_101_response({LIMIT_HEADER: str(config.max_message_bytes)})
         return picows.WSUpgradeResponseWithListener(response, worker)
 
     def _refuse(self, path: str) -> Any:
-        """Refuse a connection without a valid token: by a message of the protocol, or by HTTP if there are many."""
+        """Refuse a connection without a valid token: with a message of the protocol, or with HTTP if there are many."""
         if path == "/" and len(self._refusals) < MAX_REFUSALS:
             refusing = Refusing(_UNAUTHORISED, self._batches)
             refusing.belong_to(self._refusals)
@@ -470,14 +471,14 @@ class Server:
         return _refusal(HTTPStatus.UNAUTHORIZED, "this path wants `Authorization: Bearer TOKEN` with a token it knows")
 
     def _is_full(self, *, all_places: bool) -> bool:
-        """Return whether one more connection is too many; the last are reserved for tokens that allow everything."""
+        """Return whether one more connection is too many. The last are reserved for tokens that allow everything."""
         most = self.config.max_connections
         if not all_places and self.config.auth.tokens and most > 1:
             most -= -(-most // RESERVED_SHARE)
         return len(self._connections) >= most
 
     def _respond(self, request: Request) -> Response | Awaitable[Response]:
-        """Answer a request that asks for no WebSocket."""
+        """Answer a request that does not ask for a WebSocket."""
         websocket = request.path in ("/", "/otel")
         path = request.path if websocket else request.path.removesuffix("/")
         if path not in ("/healthz", "/metrics") and not websocket:
@@ -491,9 +492,10 @@ class Server:
         return self._health(request.headers.get("authorization"))
 
     def _metrics(self, request: Request) -> Response | Awaitable[Response]:
-        """Answer with the figures of the engine: to a full token, or one that names `METRICS_ID`.
+        """Answer with the figures of the engine. The token must be full, or name `METRICS_ID`.
 
-        Without tokens only under a name that no web page can have given this server: see `cannot_be_rebound`.
+        Without tokens it answers only requests to a host name that no web page can have chosen: see
+        `cannot_be_rebound`.
         """
         admitted, access = self._access_check.admits(request.headers.get("authorization"))
         if not admitted:
@@ -509,11 +511,12 @@ class Server:
             return Response(HTTPStatus.FORBIDDEN, words)
         if self._scrape is None:
             self._scrape = asyncio.ensure_future(self._read_figures())
-        # Requests that come while the figures are read get the same: many scrapes take one thread, one look at a store.
+        # Requests that come while the figures are read get the same answer: many scrapes take one thread and one
+        # reading.
         return asyncio.shield(self._scrape)
 
     async def _read_figures(self) -> Response:
-        # Not on the threads for handlers: the figures are wanted most when all of those are in use.
+        # Not on the threads for handlers: the figures matter most when all of those are in use.
         try:
             figures = await asyncio.get_running_loop().run_in_executor(None, exposition, self.engine)
         finally:
@@ -525,9 +528,9 @@ class Server:
             self._hub.refused += 1
 
     def _health(self, authorization: str | None) -> Response:
-        """Answer whether the engine is healthy; the problems only to a token that may do everything.
+        """Answer whether the engine is healthy; list the problems only for a token that may do everything.
 
-        Without tokens the problems are never told: a web page that has tricked a browser could read them.
+        Without tokens the problems are never listed: a web page that has tricked a browser could read them.
         """
         health = self.engine.health()
         status = HTTPStatus.OK if health.ok else HTTPStatus.SERVICE_UNAVAILABLE
@@ -560,7 +563,7 @@ def _refusal(status: HTTPStatus, reason: str) -> picows.WSUpgradeResponseWithLis
 
 
 def _bind(host: str, port: int) -> list[socket.socket]:
-    """Bind to every address of `host`. With port 0 all get the port that the first was given."""
+    """Bind to every address of `host`. With port 0 all get the port that the first one was given."""
     bound: list[socket.socket] = []
     found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     try:
@@ -588,7 +591,7 @@ def _bind(host: str, port: int) -> list[socket.socket]:
 
 
 def new_loop() -> asyncio.AbstractEventLoop:
-    """An event loop of uvloop's where it exists, else of asyncio's."""
+    """Return an event loop of uvloop if it is installed, otherwise of asyncio."""
     try:
         import uvloop  # noqa: PLC0415 - not on every platform
     except ImportError:

@@ -1,4 +1,4 @@
-"""Connections whose messages are dropped as they arrive: however much is sent, almost nothing of it is kept.
+"""Connections whose messages are dropped as they arrive, so that almost nothing is kept in memory.
 
 picows gathers a whole frame before it passes it on, up to the largest message that a worker may send. For
 telemetry, and for a connection without a valid token, that would waste memory.
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from scopestate.server.access import Access
 
 CHUNK: Final = 16 * 1024
-"""Bytes that are taken from one connection in a row."""
+"""Bytes read from one connection in a row."""
 UNSENT: Final = 64 * 1024
-"""With more unsent bytes (answers to pings) than this, nothing is read."""
+"""If more bytes than this (answers to pings) are unsent, nothing is read."""
 MAX_REFUSED_BYTES: Final = 256 * 1024
 """Bytes that a connection without a valid token may send before it is aborted."""
 
@@ -40,11 +40,11 @@ class FrameSkipper:
         self._opcode = 0
         self._mask = b""
         self._left = 0
-        """Bytes of the payload that are still to come."""
+        """Bytes of the payload that have not come yet."""
         self._payload = bytearray()
 
     def feed(self, data: memoryview) -> list[tuple[int, bytes]]:
-        """Take what has come; return opcode and payload of each control frame that is whole. Raises BadFrame."""
+        """Take received bytes; return opcode and payload of each complete control frame. Raises BadFrame."""
         control: list[tuple[int, bytes]] = []
         at, end, head = 0, len(data), self._head
         while at < end:
@@ -73,7 +73,7 @@ class FrameSkipper:
         return control
 
     def _begin(self, head: bytearray) -> None:
-        """Take a whole frame header."""
+        """Handle a complete frame header."""
         opcode, length = head[0] & 0x0F, head[1] & 0x7F
         if length >= 126:
             length = int.from_bytes(head[2:-4])
@@ -81,7 +81,7 @@ class FrameSkipper:
 
 
 def _check(head: bytearray) -> None:
-    """Raise BadFrame for the first two bytes of what no client may send."""
+    """Raise BadFrame if the first two bytes begin a frame that no client may send."""
     opcode, length = head[0] & 0x0F, head[1] & 0x7F
     if head[0] & 0x70 or not head[1] & 0x80 or 0x2 < opcode < _FIRST_CONTROL or opcode > 0xA:
         raise BadFrame("a reserved bit or opcode is set, or the frame is not masked")
@@ -90,7 +90,7 @@ def _check(head: bytearray) -> None:
 
 
 def _head_size(head: bytearray) -> int:
-    """Return how long a frame header is, by the part of it that is here."""
+    """Return the length of a frame header, as far as it follows from the bytes received."""
     if len(head) < 2:
         return 2
     length = head[1] & 0x7F
@@ -98,7 +98,7 @@ def _head_size(head: bytearray) -> int:
 
 
 class SkippingProtocol(asyncio.BufferedProtocol):
-    """Replaces picows at an open connection for reading; picows does everything else."""
+    """Reads from an open connection instead of picows, which does everything else."""
 
     _buffer = memoryview(bytearray(CHUNK))
     """One buffer for all connections: its content is used at once, on the thread of the event loop."""
@@ -145,10 +145,10 @@ class SkippingConnection(Connection):
         self._socket.set_protocol(SkippingProtocol(self, self._socket.get_protocol()))
 
     def count(self, size: int) -> None:
-        """Note how much has come."""
+        """Count received bytes."""
 
     def control(self, opcode: int, payload: bytes) -> None:
-        """Take a control frame."""
+        """Handle a control frame."""
         transport = self._transport
         if transport is None:
             return
@@ -173,7 +173,7 @@ class Telemetry(SkippingConnection):
 
 
 class Refusing(SkippingConnection):
-    """A connection without a valid token: it is told so, and closed (docs/reference/protocol.md, section 2.2)."""
+    """A connection without a valid token. It gets an error and is closed (docs/reference/protocol.md, section 2.2)."""
 
     def __init__(self, message: bytes, batches: Batches) -> None:
         super().__init__(batches)

@@ -35,7 +35,7 @@ Result = bytes | None
 Outcome = Result | Awaitable[Result]
 """A result, or an awaitable of it that does not block the event loop. Await it once."""
 Convert = Callable[[Any], Result]
-"""Makes JSON text of a turn's answer. It must not keep the input, which may be large."""
+"""Turns the answer of a turn into JSON text. It must not keep the input, which may be large."""
 
 _ABSENT: Final = Raw()
 _BAD: Final = (msgspec.DecodeError, RecursionError)
@@ -51,15 +51,16 @@ class _Input(msgspec.Struct, gc=False):
     scope: str
 
     def size(self) -> int:
-        """Bytes of a JSON text with these fields only; 0 if a field is missing or `value` and `data` are both there."""
+        """Return the bytes of a JSON text of only these fields; 0 if one is missing, or `value` and `data` are
+        given."""
         raise NotImplementedError
 
     def turn(self, limits: Limits) -> turns.Turn[Any]:
-        """Return the turn that does it. Raises DeserializationError and ValueTooLarge."""
+        """Return the turn for this input. Raises DeserializationError and ValueTooLarge."""
         raise NotImplementedError
 
     def tells(self) -> bool:
-        """Return whether a bridge or a tool asks for more in the answer."""
+        """Return whether a bridge or a tool requests more in the answer."""
         return False
 
 
@@ -124,15 +125,15 @@ class _Update(_Keyed, gc=False):
 
 
 def _told(fields: _Set | _Update) -> int:
-    """Return the bytes of the field by which a bridge asks for more."""
+    """Return the bytes of the field with which a bridge requests more."""
     return len(', "_existed": true') if fields.tell_existed == _TRUE else 0
 
 
 class _List(_Input, gc=False):
     tell_keys: Raw = msgspec.field(default=_ABSENT, name="_keys")
-    """`true`: a bridge or a tool asks for the keys too: `{"keys": [...], "values": [...]}`."""
+    """`true`: a bridge or a tool also requests the keys: `{"keys": [...], "values": [...]}`."""
     tell_entries: Raw = msgspec.field(default=_ABSENT, name="_entries")
-    """`true`: and for revisions and deadlines: `{"keys": [...], "entries": [...]}`."""
+    """`true`: also revisions and deadlines: `{"keys": [...], "entries": [...]}`."""
 
     def size(self) -> int:
         return len(self.scope) + len('{"scope": ""}')
@@ -264,7 +265,7 @@ class StateFunctions:
             return self._engine._polls.answer_later(payload, worker.caller)
         if not isinstance(scope, str):
             if begins_with_snapshot(payload):
-                access.check_watch(None, _text(payload, "scope_prefix"))  # or scopes that it may not read are loaded
+                access.check_watch(None, _text(payload, "scope_prefix"))  # no scope that it may not read is loaded
             return self._engine._polls.answer_later(payload, worker.caller, access.may_read)
         access.check_read(scope)
 
@@ -306,7 +307,7 @@ class StateFunctions:
         return answers.groups(groups if access is None else access.readable(groups))
 
     def _run_request(self, request: Request, convert: Convert) -> Outcome:
-        """Count and run a turn that may have to be durable."""
+        """Count a turn that may be durable, and run it."""
         scope, turn, durable = request.scope, request.turn, request.durable
         self._engine._tally[unwrapped(turn).function_id].add()
         if durable is not None:
@@ -316,7 +317,7 @@ class StateFunctions:
         return self._run(scope, turn, convert)
 
     def _run(self, scope: str, turn: turns.Turn[Any], convert: Convert) -> Outcome:
-        """Run a turn at once if the scope is idle and in memory; else return the coroutine that waits for it."""
+        """Run a turn at once if the scope is idle and in memory; otherwise return a coroutine that waits for it."""
         router = self._router
         actor = self._scopes[scope]
         values = actor.readable
@@ -324,9 +325,9 @@ class StateFunctions:
         if values is None:
             answer = actor.run_now(turn)
         else:
-            # This thread runs the router's turn, below. A hand-over to a worker thread, and back to this loop for a
-            # handler in a worker, would take longer than the rest of the call. Not if the turn itself may take long:
-            # until it ends, no event of the engine would be routed.
+            # Below, this thread runs the router's turn: switching to a worker thread, and back to this loop for a
+            # handler in a worker, would take longer than the rest of the call. It does not if the turn itself may take
+            # long, as until its end no event of the engine would be routed.
             kind = type(turn)
             quick = kind is turns.Set or _is_quick(turn, values)
             if quick:
@@ -363,7 +364,7 @@ def _is_quick(turn: turns.Turn[Any], values: Mapping[str, bytes]) -> bool:
 
 
 async def _refusing(outcome: Awaitable[Result], call: Call) -> Result:
-    """Await what a turn answers, or why it has written nothing, where that is an answer."""
+    """Await a turn's answer. If it wrote nothing, return the reason where the function has an answer for that."""
     try:
         return await outcome
     except REFUSED as error:
@@ -392,7 +393,7 @@ class _Begun:
 
 
 def _begun(coroutine: Coroutine[Any, Any, Result]) -> Outcome:
-    """Run a coroutine up to its first wait. A task would start it in a later round, behind messages that came later."""
+    """Run a coroutine up to its first wait. A task would start it in a later round, after messages that came later."""
     try:
         return _Begun(coroutine, coroutine.send(None))
     except StopIteration as done:
@@ -412,9 +413,9 @@ def _decoded(function_id: str, data: Raw) -> Any:
 
 
 def _misfit(function_id: str, data: Raw, read: Callable[[Raw], Any]) -> Any:
-    """Raise what `Engine.call` raises for this input: clients know its wording.
+    """Raise the error of `Engine.call` for this input: clients know its text.
 
-    Return what was read if it does fit: if a field occurs twice, the last value counts.
+    Return the input if it is valid after all: if a field occurs twice, the last value counts.
     """
     from_payload(function_id, _decoded(function_id, data))
     try:

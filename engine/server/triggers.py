@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from scopestate.server.worker import Worker
 
 LOOK_PAUSE_S: Final = 0.05
-"""Shortest time between two checks for overrun workers that events cause."""
+"""Shortest time in seconds between two checks for overrun workers that are caused by events."""
 PATIENCE_S: Final = 30.0
-"""How long a handler's mailbox may be full while its worker is silent, if calls may wait without a limit."""
+"""Seconds that a handler's mailbox may be full while its worker is silent, if calls may wait without a limit."""
 STATE: Final = "state"
 WORKERS_AVAILABLE: Final = "engine::workers-available"
 FUNCTIONS_AVAILABLE: Final = "engine::functions-available"
@@ -44,7 +44,7 @@ ENGINE_TYPES: Final = {
 """Trigger types of the server itself (docs/reference/protocol.md, section 6.5)."""
 
 NEEDED_TO_WATCH: Final = {WORKERS_AVAILABLE: "engine::workers::list", FUNCTIONS_AVAILABLE: "engine::functions::list"}
-"""Trigger type of the server -> the function that shows the same data. A token needs the right to call it."""
+"""Trigger type of the server -> the function with the same data. A token needs the right to call that function."""
 
 
 class WorkerTrigger(Trigger, frozen=True, kw_only=True):
@@ -70,7 +70,7 @@ class Registered(msgspec.Struct):
 
     @property
     def place(self) -> tuple[str, str]:
-        """What it takes in the engine: of two triggers with the same place the second replaces the first there."""
+        """Its place in the engine. A trigger replaces an earlier one with the same place."""
         trigger = self.trigger
         return self.frame.trigger_type, self.frame.id if trigger is None else trigger.trigger_id
 
@@ -83,7 +83,7 @@ class ProvidedType(msgspec.Struct):
 
 
 class WorkerTriggers:
-    """Trigger id -> trigger, whatever its type. On the server's event loop only."""
+    """Trigger id -> trigger, of any type. On the server's event loop only."""
 
     def __init__(self, hub: Hub, max_waiting_events: int, max_waiting_bytes: int) -> None:
         self._hub = hub
@@ -111,11 +111,11 @@ class WorkerTriggers:
     # ------------------------------------------------------------------------------------------------ registration
 
     def register(self, worker: Worker, frame: RegisterTrigger) -> Awaitable[None] | None:
-        """Add a trigger. One with the same id is replaced, and belongs to this worker then.
+        """Add a trigger. It replaces one with the same id, and belongs to this worker.
 
-        Returns what is left to do for a durable trigger, which waits for the disk: await it, it raises the same. Raises
-        InvalidRegistration for an unknown type, a bad config, or the id of a trigger of the program itself, Forbidden,
-        and ConfigError for a durable trigger of an engine without a store.
+        For a durable trigger it returns an awaitable that finishes the work, waits for the disk, and raises the same
+        errors. Raises InvalidRegistration for an unknown type, a bad config, or the id of a trigger of the program
+        itself; Forbidden; and ConfigError for a durable trigger of an engine without a store.
         """
         self._triggers.check(frame.id, worker.access)
         if not self._is_ours(frame.id):
@@ -145,7 +145,7 @@ class WorkerTriggers:
             self._end(registered)  # the worker has left
 
     def _put(self, registered: Registered) -> None:
-        """Note a trigger that has begun to fire, in place of one with the same id."""
+        """Note a trigger that has begun to fire. It replaces one with the same id."""
         trigger_id = registered.frame.id
         known = self._triggers.serving(trigger_id)
         if known is not None and known.place != registered.place:
@@ -165,7 +165,7 @@ class WorkerTriggers:
             config = decode(parse(bytes(frame.config)))
             beside = bytes(frame.metadata)
             if isinstance(config, dict) and config.get("metadata") is None and beside[:1] == b"{":
-                config["metadata"] = decode(parse(beside))  # SDKs have it beside the config
+                config["metadata"] = decode(parse(beside))  # SDKs send it next to the config
         except DeserializationError as error:
             raise InvalidRegistration(f"its config is not JSON: {error}") from error
         read = read_trigger(frame.function_id, frame.id, config)
@@ -182,7 +182,7 @@ class WorkerTriggers:
         return WorkerTrigger(**fields, owner=worker)
 
     def _check_other(self, worker: Worker, frame: RegisterTrigger) -> None:
-        """Check a trigger of any type but `state`. Nothing is known here of the input that its function will get."""
+        """Check a trigger of any type except `state`. The input that its function will get is not known here."""
         if worker.access is not None:
             self._check_rights(worker.access, frame)
         if frame.trigger_type in ENGINE_TYPES:
@@ -202,7 +202,7 @@ class WorkerTriggers:
             access.check_call(needed)
 
     def _begin(self, registered: Registered) -> None:
-        """Have the router, or the provider of its type, fire a trigger from now on."""
+        """Make the router, or the provider of its type, fire a trigger from now on."""
         trigger = registered.trigger
         if trigger is not None:
             handler = self._table.register(trigger, self._make_handler)
@@ -225,7 +225,7 @@ class WorkerTriggers:
             provided.owner.send(encode(UnregisterTrigger(frame.id, frame.trigger_type)))
 
     def _provider_of(self, registered: Registered) -> ProvidedType | None:
-        """Return the provider of its type; None if no worker provides it now with the token of before."""
+        """Return the provider of its type; None if no worker with the same token as before provides it now."""
         provided = self._types.serving(registered.frame.trigger_type)
         return provided if provided is not None and provided.owner.access is registered.provider else None
 
@@ -267,7 +267,7 @@ class WorkerTriggers:
         self._consumers.remove_all_of(worker)
 
     def withdraw_forbidden(self, worker: Worker, access: Access) -> None:
-        """Remove the trigger types, and the triggers of other types than `state`, that a worker may not have now.
+        """Remove the trigger types, and the triggers of types other than `state`, that a worker may no longer have.
 
         A trigger of type `state` stays: its rights are checked for each event.
         """
@@ -331,7 +331,7 @@ class WorkerTriggers:
                 provided.owner.send(encode(registered.frame))
 
     def _hand_back(self, type_id: str, unless: Worker) -> None:
-        """Tell the provider of a type to stop: two providers would fire each trigger twice."""
+        """Tell the old provider of a type to stop: otherwise two providers would fire each trigger."""
         for registered in self._of_type(type_id):
             provided = self._provider_of(registered)
             if provided is not None and provided.owner is not unless:
@@ -345,7 +345,7 @@ class WorkerTriggers:
     def fire(self, type_id: str, event_for: Callable[[Worker], dict[str, Any] | None]) -> None:
         """Call the functions of all triggers of one of the server's own types, in the background.
 
-        `event_for(worker)` returns the event as a trigger of this worker receives it; None: not at all.
+        `event_for(worker)` returns the event as a trigger of this worker receives it; None: it receives no event.
         """
         for registered in self._of_type(type_id):
             event = event_for(registered.owner)
@@ -376,7 +376,7 @@ class WorkerTriggers:
             self.dispatcher.submit_to_loop(self.close_overrun)
 
     def close_overrun(self) -> None:
-        """Close the connections of workers for which too much waits, or that answer nothing: they hold up writers."""
+        """Close the connections of workers for which too much waits, or that do not answer: they hold up writers."""
         now = time.monotonic()
         patience_s = self._hub.engine._limits.call_timeout_s or PATIENCE_S
         at_most: dict[Worker, int] = {}
@@ -403,8 +403,8 @@ class WorkerTriggers:
                     worker.close(POLICY, f"events of {waiting} bytes wait for its functions")
 
     def _to_blame(self, registered: Registered) -> Worker:
-        # The slow worker is the one with the function. But a trigger must not be a means to close the connection of a
-        # worker with another token.
+        # The slow worker is the one with the function. But a trigger must not make it possible to close the connection
+        # of a worker with another token.
         owner = registered.owner
         target = self._hub.functions.find(registered.frame.function_id)
         worker: Worker = getattr(getattr(target, "target", None), "worker", owner)

@@ -29,18 +29,18 @@ if TYPE_CHECKING:
 
 
 _SLOW_CALLS: Final = 4
-"""Calls of one worker that may hold a worker thread of the engine at the same time; more wait."""
+"""Calls of one worker that may hold worker threads of the engine at the same time; further ones wait."""
 _MOST_REFUSED: Final = 100
 _LONGEST_REFUSED: Final = 200
-"""Characters: what is kept of a refused function is small, whatever the worker sent."""
+"""Characters of a reason that are kept for a refused function, as the worker may have sent a long one."""
 
 
 RETRY_LATER: Final = "RETRY_LATER"
-"""The code of an error by which a worker asks for a later delivery, with `seconds` in its `details`."""
+"""The code of an error with which a worker asks for a later delivery, with `seconds` in its `details`."""
 DISCARD: Final = "DISCARD"
-"""The code of an error by which a worker gives an event up."""
+"""The code of an error with which a worker gives up an event."""
 LATER_S: Final = 1.0
-"""After so many seconds, if the worker does not say."""
+"""The default for `seconds`."""
 
 
 class TimedOut(ErrorBody, frozen=True):
@@ -64,7 +64,7 @@ class Worker:
         self.session = session
         self.worker_id = session.worker_id
         self.access = access
-        """None: it may do everything."""
+        """The rights of the worker; None: it may do everything."""
         self.caller = Caller(self if access is None else access, limited=limited)
         """Tells callers apart: the workers of one token share the room for snapshots."""
         self.address = address
@@ -72,14 +72,14 @@ class Worker:
         self.close = close
         self.connected_at_ms = time.time_ns() // 1_000_000
         self.metadata: dict[str, Any] = {}
-        """What it told about itself with `engine::workers::register`."""
+        """What it has said about itself with `engine::workers::register`."""
         self.functions: dict[str, WorkerFunction] = {}
         self.refused: dict[str, str] = {}
         """Function id -> why it was not registered; the last few."""
         self.slow = asyncio.Semaphore(_SLOW_CALLS)
         """Held by its calls that need a worker thread."""
         self.pause_messages: Callable[[], object] = lambda: None
-        """Has its further messages wait until `resume_messages` is called."""
+        """Makes its further messages wait until `resume_messages` is called."""
         self.resume_messages: Callable[[], object] = lambda: None
         self.polls: set[asyncio.Task[Any]] = set()
         """Its polls for changes that are not answered yet."""
@@ -88,7 +88,7 @@ class Worker:
 
     @property
     def has_calls(self) -> bool:
-        """Whether calls that it makes are under way, apart from polls."""
+        """Whether calls that it has made, except polls, are in progress."""
         return self.session.waiting > len(self.polls)
 
     def answer(self, call: InvokeFunction, result: bytes | None = None, error: ErrorBody | None = None) -> None:
@@ -98,18 +98,18 @@ class Worker:
             self.send(message)
 
     def sees(self, other: Worker) -> bool:
-        """Return whether it may know of another worker: the token is the same, or allows everything."""
+        """Return whether it may see another worker: the tokens are the same, or its own allows everything."""
         return self.access is None or self.access is other.access or self.access.full
 
     def note_poll(self, task: asyncio.Task[None]) -> None:
-        """Have a task end when the worker is gone: what it waits for may not come for long."""
+        """Note a poll's task, to end it when the worker is gone: it might wait for long."""
         self.polls.add(task)
         task.add_done_callback(self._poll_ended)
 
     def _poll_ended(self, task: asyncio.Task[None]) -> None:
         self.polls.discard(task)
         if task.cancelled():
-            self.session.waiting -= 1  # it gets no answer
+            self.session.waiting -= 1  # the call gets no answer
 
     def end_polls(self) -> None:
         """End its polls, without an answer."""
@@ -126,7 +126,7 @@ class Worker:
 
 
 class WorkerConnection(Connection):
-    """A worker's connection: messages go to its session, and what that asks for to the hub."""
+    """A worker's connection. Messages go to its session, and the session's actions to the hub."""
 
     def __init__(
         self,
@@ -139,7 +139,7 @@ class WorkerConnection(Connection):
         *,
         carries_depth: bool,
     ) -> None:
-        """`max_sent_bytes`: the largest message that the worker takes; `carries_depth`: as `WorkerSession`."""
+        """`max_sent_bytes`: the largest message that the worker accepts; `carries_depth`: as in `WorkerSession`."""
         super().__init__(batches, max_message_bytes, max_unsent)
         self._hub = hub
         self._access = access
@@ -163,7 +163,7 @@ class WorkerConnection(Connection):
             self._act(self._worker, action)  # type: ignore[arg-type]  # set by on_open
 
     def on_ws_frame(self, transport: picows.WSTransport, frame: picows.WSFrame) -> None:
-        # The base class's method with `on_message` written out: two calls less for every message.
+        # The base class's method with `on_message` inlined, which saves two calls for every message.
         last = frame.last_in_buffer
         if frame.msg_type == TEXT and frame.fin and not (frame.rsv1 or frame.rsv2 or frame.rsv3):
             if self._plain and self._turn:
@@ -191,8 +191,8 @@ class WorkerConnection(Connection):
     def close(self, code: int, reason: str = "") -> None:
         super().close(code, reason)
         if self._worker is not None:
-            # Nothing more is read from it, so no call may wait until it answers the close frame. In the next round,
-            # because this may run within a call to that worker.
+            # Nothing more is read from it, so no call may wait until it answers the close frame. The hub is told in the
+            # next round of the loop, because this may run within a call to that worker.
             asyncio.get_running_loop().call_soon(self._hub.disconnect, self._worker)
 
     def __str__(self) -> str:
@@ -200,7 +200,7 @@ class WorkerConnection(Connection):
 
 
 class WorkerFunction:
-    """A function that a worker executes, as the engine calls it: for triggers and for the embedding program."""
+    """A function that a worker executes. The engine calls it for triggers and for the embedding program."""
 
     executed_elsewhere = True
 
@@ -210,7 +210,7 @@ class WorkerFunction:
         self.frame = frame
 
     async def __call__(self, payload: object) -> Any:
-        """Have the worker execute it. On the server's event loop. Raises RemoteFailure with the worker's error."""
+        """Let the worker execute it. On the server's event loop. Raises RemoteFailure with the worker's error."""
         future: asyncio.Future[InvocationResult] = asyncio.get_running_loop().create_future()
 
         def settle(outcome: InvocationResult) -> None:
@@ -233,10 +233,10 @@ class WorkerFunction:
         return decode(parse(result)) if result else None
 
     async def deliver(self, item: StateEvent | list[StateEvent], delivery: Delivery, consumer: str) -> None:
-        """Have the worker handle an event of a durable trigger, or a list of them. On the server's event loop.
+        """Let the worker handle an event of a durable trigger, or a list of them. On the server's event loop.
 
-        `consumer`: what the worker calls the consumer.
-        Raises what the worker says of it: RetryLater, Discard, or RemoteFailure; and as `Hub.execute`.
+        `consumer` is the worker's name for the consumer. Raises what the worker answers: RetryLater, Discard or
+        RemoteFailure; and as `Hub.execute`.
         """
         future: asyncio.Future[InvocationResult] = asyncio.get_running_loop().create_future()
 
@@ -258,7 +258,7 @@ class WorkerFunction:
     def send_event(
         self, item: StateEvent | list[StateEvent], settle: Settle, metadata: bytes | None = None
     ) -> Execution:
-        """Send an event, or the list of a batch, with the metadata of its trigger as JSON. As `Hub.execute`."""
+        """Send an event, or the list of a batch, with its trigger's metadata as JSON. See `Hub.execute`."""
         beside = ABSENT if metadata is None else Raw(metadata)
         if isinstance(item, StateEvent):
             data, depth = event_json(item), item.depth
@@ -289,7 +289,7 @@ def _depth_for(item: StateEvent | list[StateEvent]) -> int:
 def delivery_json(item: StateEvent | list[StateEvent], delivery: Delivery, consumer: str) -> tuple[Raw, Raw]:
     """Return the data and the metadata of the call that delivers an event of a durable trigger, or a list of them.
 
-    The facts of the delivery are in both: SDKs before 0.22 show no metadata to a function.
+    The facts of the delivery are in both: SDKs before 0.22 do not pass metadata to functions.
     """
     facts = encode(
         {
@@ -299,7 +299,7 @@ def delivery_json(item: StateEvent | list[StateEvent], delivery: Delivery, consu
             "first_at": delivery.first_ms,
         }
     )
-    # A list has no place for them.
+    # A list has no place for these facts.
     data = batch_json(item) if isinstance(item, list) else b'%b,"_delivery":%b}' % (event_json(item)[:-1], facts)
     given = delivery.metadata
     metadata = encode(given) if given else b"{}"
@@ -308,7 +308,7 @@ def delivery_json(item: StateEvent | list[StateEvent], delivery: Delivery, consu
 
 
 class _Verdict(msgspec.Struct):
-    """What a function says of a delivery, in its result or in the details of its error."""
+    """A function's verdict on a delivery, in its result or in the details of its error."""
 
     retry_later: float | None = None
     discard: str | None = None
@@ -320,9 +320,9 @@ class _Result(msgspec.Struct):
 
 
 def verdict_in(outcome: InvocationResult) -> RetryLater | Discard | None:
-    """Return what the answer to a delivery asks for, if that is no more than success or failure.
+    """Return the verdict in the answer to a delivery; None if it is plain success or failure.
 
-    Raises RemoteFailure for a verdict that cannot be read: the delivery has failed then.
+    Raises RemoteFailure for a verdict that cannot be read: then the delivery has failed.
     """
     error = outcome.error
     try:
@@ -345,7 +345,7 @@ def verdict_in(outcome: InvocationResult) -> RetryLater | Discard | None:
 
 
 def _delivered(payload: object) -> StateEvent | list[StateEvent] | None:
-    """Return the payload if it is what a trigger delivers."""
+    """Return the payload if a trigger can have delivered it, otherwise None."""
     if isinstance(payload, StateEvent):
         return payload
     if type(payload) is list and payload and isinstance(payload[0], StateEvent):

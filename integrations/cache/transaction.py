@@ -237,7 +237,7 @@ class CacheTransaction:
         for name, entry in self._seen.items():
             if entry is None:
                 batch.check(name, absent=True)
-            elif entry.revision:  # 0: where the scope is, there are none
+            elif entry.revision:  # 0: the place where the scope is kept has no revisions
                 batch.check(name, revision=entry.revision)
         for name, held in self._now.items():
             if held is None:
