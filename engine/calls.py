@@ -1,4 +1,4 @@
-"""Calling functions by id: the built-in ones and those that the program registered."""
+"""Call functions by id: the built-in ones and those that the program has registered."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def plain_result(function_id: str, result: object) -> Any:
 
 
 class Caller:
-    """Runs registered functions for callers that wait: threads, and tasks of event loops."""
+    """Runs registered functions for waiting callers: threads, and tasks of event loops."""
 
     def __init__(self, services: HandlerServices) -> None:
         self._services = services
@@ -76,7 +76,7 @@ class Caller:
         return OnLoop(awaitable, loop, services.loop_calls, what, stopped_s=services.limits.call_timeout_s)
 
     async def call_async(self, function: Function, payload: object) -> Any:
-        """Call a registered function without blocking this event loop: a plain one runs on a worker thread."""
+        """Call a registered function without blocking this event loop: a plain function runs on a worker thread."""
         data = plain_payload(function.function_id, payload)
         import asyncio  # noqa: PLC0415 - as above
 
@@ -84,7 +84,7 @@ class Caller:
             outcome = await self._begun(function, data)
         except BaseException as error:
             if running_loop() is None or is_from_outside(error):
-                raise  # a coroutine that was dropped is closed outside of any loop
+                raise  # a dropped coroutine is closed outside of any loop
             task = asyncio.current_task()
             if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
                 raise
@@ -125,8 +125,9 @@ class Caller:
 
 
 Outcome = tuple[Any, BaseException | None]
-"""What a function gave, or raised. As a value: a future takes no StopIteration, a task that raises SystemExit ends its
-event loop, and a KeyboardInterrupt that a function has raised on another thread is not the Ctrl-C of this one."""
+"""What a function returned, or raised. It is passed as a value because a future takes no StopIteration, a task that
+raises SystemExit ends its event loop, and a KeyboardInterrupt that a function has raised on another thread is not the
+Ctrl-C of this one."""
 
 
 def _answer(reply: LoopReply, work: Callable[[], Any]) -> None:
@@ -152,5 +153,5 @@ def _failure(function: Function, error: BaseException) -> FunctionFailed:
     if issubclass(kind, RemoteFailure):
         failure: RemoteFailure = error  # type: ignore[assignment]  # by its class: `isinstance` asks the error itself
         if failure.function_id == function.function_id:
-            return failure  # it ran elsewhere and failed there: the code is the one that was sent
+            return failure  # it failed in another process: keep the code that was sent
     return FunctionFailed(function.function_id, f"{class_name(error)}: {described(error)}")

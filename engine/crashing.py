@@ -147,7 +147,7 @@ def _shut(actor: ScopeActor) -> None:
     if isinstance(actor, ScopeInMemory):
         actor.refuse_commits(EngineClosed)
     if actor.housekeep_now(Close(handlers_may=False)) is BUSY:
-        actor._enqueue(Envelope(Close(handlers_may=False), Reply()))  # behind the turn
+        actor._enqueue(Envelope(Close(handlers_may=False), Reply()))  # after the turn
 
 
 def _nothing(failure: DeliveryFailure) -> None:

@@ -103,7 +103,7 @@ class Engine(Reactive, StateCalls):
 
         Raises ConfigError, and StorageError if the store cannot be opened.
         """
-        given: object = config  # whatever the program passed
+        given: object = config  # the program may pass anything
         if given is not None and not isinstance(given, Config):
             raise ConfigError(
                 f"Engine() takes a Config, not {type(given).__name__}: for a file or a mapping there is "
@@ -425,7 +425,7 @@ class Engine(Reactive, StateCalls):
         stays valid for 60 s after the watch has ended, or for as long as the rule `history` of the scopes says; in a
         store of files that includes restarts.
 
-        Raises Compacted if the changes behind `since` are gone, InvalidCursor, DeserializationError for arguments that
+        Raises Compacted if the changes after `since` are gone, InvalidCursor, DeserializationError for arguments that
         make no sense, Unsupported if the scopes are kept in a place that has no watch, and what `get` raises. Through a
         bridge WatchOverrun is never raised: a watch that is not read for a minute needs `history` in the other engine.
         """

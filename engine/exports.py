@@ -1,4 +1,4 @@
-"""What `scopestate` exports, apart from `AioEngine`: loaded when a program first uses one of the names.
+"""The exports of `scopestate`, apart from `AioEngine`. Loaded when a program first uses one of the names.
 
 A new name goes here, and into `__all__` of the package and of this module.
 """

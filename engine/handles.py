@@ -208,8 +208,8 @@ class Scope(Generic[T]):
     ) -> Registrar[T]:
         """As `Engine.on_change` for this scope: decorate a handler of `StateEvent[T | None]`, plain or `async`.
 
-        A handler with a second parameter gets the `Delivery` there, if the trigger is durable. One of a trigger with
-        `batch` gets a list of events. Raises InvalidRegistration as there, also for `@scope.on_change` without
+        If the trigger is durable, a handler with a second parameter gets the `Delivery` there. With `batch` a handler
+        gets a list of events. Raises InvalidRegistration as that method does, also for `@scope.on_change` without
         parentheses.
         """
         if misplaced:
@@ -233,7 +233,7 @@ class Scope(Generic[T]):
         return register
 
     def _handler(self, handler: F) -> F:
-        """Return what is registered for a handler."""
+        """Return the function to register for a handler."""
         return handler
 
     def _data(self, key: str, value: T) -> bytes:
@@ -247,7 +247,7 @@ class Scope(Generic[T]):
         return value
 
     def __contains__(self, key: object) -> bool:
-        """Return whether a key exists; one that holds null does."""
+        """Return whether a key exists. A key that holds null exists."""
         return isinstance(key, str) and self._engine.get(self.name, key, MISSING) is not MISSING
 
     @property
@@ -264,7 +264,7 @@ class Scope(Generic[T]):
 
 
 class PlainScope(Scope[Any]):
-    """A scope without a type. A type checker takes its values as `Any`, and asks for no check that there is one."""
+    """A scope without a type. A type checker takes its values as `Any`, and does not ask for a check for None."""
 
     if TYPE_CHECKING:
 

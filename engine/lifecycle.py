@@ -384,7 +384,8 @@ _termination = _Termination()
 
 
 _WAKING_S: Final = 0.15
-"""How long to try to wake the main thread. One that waits in its event loop makes the call when the loop goes on."""
+"""Seconds for which to try to wake the main thread. If it waits in its event loop, it makes the call when the loop
+continues."""
 
 
 def _on_main_thread(work: Callable[[], object]) -> None:

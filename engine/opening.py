@@ -57,7 +57,7 @@ def open_backend(config: Config, given: Store | Backend | None = None) -> Backen
     """
     if isinstance(given, Backend):
         return given
-    store: object = given  # whatever the program passed
+    store: object = given  # the program may pass anything
     if store is not None and not isinstance(store, Store):
         raise ConfigError(
             f"`adapter` is a Store or a Backend of scopestate.persistence, not {type(store).__name__}; inherit from one"

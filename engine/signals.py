@@ -71,7 +71,8 @@ class Guard:
     def take(self, timeout_s: float, ticket: list[int] | None = None) -> list[int] | None:
         """Take the guard within `timeout_s` seconds. Returns the ticket for `give_back`; None if it was not free.
 
-        If a signal handler raises meanwhile, it may have been taken: a caller that goes on then brings its own ticket.
+        If a signal handler raises meanwhile, the guard may have been taken: a caller that continues after that passes
+        its own ticket.
         """
         if ticket is None:
             ticket = self.ticket()

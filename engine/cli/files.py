@@ -135,7 +135,7 @@ def _beside(path: str, status: os.stat_result | None) -> Iterator[tuple[IO[bytes
 
 
 def _take_after(descriptor: int, status: os.stat_result) -> None:
-    """Give a file the mode of the one that it replaces, and its owner if this process may."""
+    """Give a file the mode of the file that it replaces, and also its owner if this process may."""
     if hasattr(os, "fchown"):
         with suppress(OSError):
             os.fchown(descriptor, status.st_uid, status.st_gid)

@@ -42,8 +42,7 @@ Owned = Annotated[
 
 
 def owner_of(engine: EngineAt, store: str | None) -> EngineAt:
-    """Return the engine that has a store open, reached by the socket in its directory. Without a store, return
-    `engine`.
+    """Return the engine that has a store open, by the socket in its directory; without a store, `engine`.
 
     Ends the program if no engine has the store open, or if that engine does not share its directory.
     """
@@ -100,8 +99,7 @@ class _Files:
                 return engine.call(function_id, asked)
 
     def _config(self) -> Config:
-        """Return the configuration to open the store. Raises StoreUnusable if it does not exist: an engine would create
-        it."""
+        """Return the configuration for the store. Raises StoreUnusable if there is none: an engine would create one."""
         if names_config(self._store):
             config = load(self._store)
         else:

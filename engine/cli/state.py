@@ -476,7 +476,7 @@ def _bounds(scope: str, *, reverse: bool = False, **bounds: str | None) -> dict[
 
 
 def _options(**given: Any) -> dict[str, Any]:
-    """Return the options that were given: a call without any must be one that every engine knows."""
+    """Return the given options only, so that a call without options works with every engine."""
     found = {name: value for name, value in given.items() if value is not None and value is not False}
     if "idempotency_key" in found:
         found["idempotency_key"] = given_text(found["idempotency_key"], "--idempotency-key")
@@ -484,7 +484,7 @@ def _options(**given: Any) -> dict[str, Any]:
 
 
 def _deadline(ttl: float | None, expires_at: str | None, *, keep_ttl: bool = False) -> dict[str, Any]:
-    """Return the fields that ask for a deadline. Ends the program if they contradict each other."""
+    """Return the fields for a deadline. Ends the program if the options contradict each other."""
     if (ttl is not None) + (expires_at is not None) + keep_ttl > 1:
         raise typer.BadParameter("give one of --ttl, --expires-at and --keep-ttl")
     if keep_ttl:

@@ -189,7 +189,7 @@ def _migrate(directory: str, migration: Migration, *, as_json: bool) -> None:
     with ExitStack() as stack:
         store = None
         if not migration.dry_run:
-            StoreReader(directory).close()  # raises what is wrong, where opening would make a store
+            StoreReader(directory).close()  # raises if there is no store; opening would create one
             store = open_store(KvOptions("file_based", directory))
             stack.callback(store.close)
         reader = stack.enter_context(StoreReader(directory))
@@ -315,7 +315,7 @@ def _remarks(done: Imported) -> Iterator[str]:
 
 
 class _Imported:
-    """What an import has written so far; its text is the end of a message."""
+    """What an import has written so far. Its text is used as the end of a message."""
 
     def __init__(self, target: str) -> None:
         self._target = target
@@ -330,7 +330,7 @@ class _Imported:
         self._advance, self._total, self._whole = advance, total, whole
 
     def end(self, keys: int) -> None:
-        """Note that everything is written: so many keys."""
+        """Note that everything is written: `keys` keys."""
         self._ended = keys
 
     def __str__(self) -> str:
@@ -367,7 +367,7 @@ def _said_if_interrupted(imported: _Imported) -> Iterator[None]:
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end the command as Ctrl-C does, with cleaning up."""
+    """Let SIGTERM and SIGHUP end the command as Ctrl-C does, including cleaning up."""
 
     def end(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -375,7 +375,7 @@ def _ended_by_signals() -> Iterator[None]:
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
     if threading.current_thread() is not threading.main_thread():
         numbers = []
-    # A signal that is ignored, as SIGHUP under nohup, stays ignored.
+    # An ignored signal, such as SIGHUP under nohup, stays ignored.
     before = {number: signal.getsignal(number) for number in numbers if signal.getsignal(number) is signal.SIG_DFL}
     try:
         for number in before:

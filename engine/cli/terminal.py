@@ -1,4 +1,4 @@
-"""What the commands read and print: JSON, text that a terminal may be shown, errors as exit codes."""
+"""Input and output of the commands: JSON, text that is safe on a terminal, errors as exit codes."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ class Exit(IntEnum):
     """No connection, or no answer in time."""
     MISSING = 6
     CONFLICT = 7
-    """A key is not as a write expected it, so nothing was written."""
+    """A key is not in the state that a write expected, so nothing was written."""
     COMPACTED = 8
-    """A watch cannot go on from its cursor: changes behind it are gone."""
+    """A watch cannot continue from its cursor: changes after it are gone."""
     INTERRUPTED = 130
 
 
@@ -65,7 +65,7 @@ as the write expected it, 8 a watch cannot go on from its cursor, 130 interrupte
 
 
 class Notes(Console):
-    """Standard error. Failing to write to it does not end a command: the result goes elsewhere."""
+    """Standard error. Failing to write to it does not end a command: results go to standard output."""
 
     def __init__(self) -> None:
         super().__init__(stderr=True, highlight=False, soft_wrap=True)
@@ -76,7 +76,7 @@ class Notes(Console):
             super().print(*objects, **options)
 
     def on_broken_pipe(self) -> None:
-        """Print nothing more: the reader has gone."""
+        """Print nothing more, as the reader is gone."""
         self.quiet = True
         _let_go(sys.stderr)
 
@@ -87,7 +87,8 @@ def standard_error() -> Notes:
 
 
 _CONTROLS: Final = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
-"""Control characters, and those that change the direction of text: a terminal may obey instead of showing them."""
+"""Control characters, and those that change the direction of text. A terminal may act on them instead of showing
+them."""
 
 
 def shown(text: str, *, keep: str = "\n") -> str:
@@ -129,7 +130,7 @@ codecs.register_error("scopestate.json", _as_json_escapes)
 
 
 def prepare_output() -> None:
-    """Make any text printable: characters that the encoding of the terminal or pipe lacks are escaped."""
+    """Make any text printable: escape the characters that the encoding of the terminal or pipe lacks."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="scopestate.json")
@@ -164,7 +165,7 @@ def standard_output() -> Iterator[Callable[[bytes], object]]:
 
 
 def _let_go(stream: TextIO) -> None:
-    """Redirect a failed stream to the null device, or the interpreter reports at exit what is left in its buffer."""
+    """Redirect a failed stream to the null device. Otherwise the interpreter reports its unwritten buffer at exit."""
     with suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
@@ -238,7 +239,7 @@ def read_standard_input(what: str) -> bytes:
 
 
 def exit_code(error: ScopestateError) -> Exit:
-    """Return the exit code that stands for an error."""
+    """Return the exit code for an error."""
     match error:
         case ConfigError():
             return Exit.CONFIG
@@ -272,7 +273,7 @@ def print_error(text: str, code: str | None = None) -> None:
 def usage_error(error: Any, *, as_json: bool) -> NoReturn:
     """Print what is wrong with the arguments, by an exception of Typer, and end the program."""
     text = error.format_message().removeprefix("Invalid value: ").rstrip(".")
-    # A group without a command prints its help, and is such an exception too.
+    # A group without a command prints its help, which is such an exception too.
     if text and as_json:
         note_json({"error": {"code": "USAGE", "message": text}})
     elif text:

@@ -61,7 +61,7 @@ def top(
 
 
 def source_of(where: str, token: str | None, ca_file: str | None) -> Source:
-    """Return where the figures of a place are read. Raises ConfigError for what names no place."""
+    """Return the source of a place's figures. Raises ConfigError if `where` does not name a place."""
     if where.startswith(ENGINE_ADDRESS):
         return EngineSource(Address(where, token=token, tls_ca_file=ca_file))
     if where.startswith(REDIS_ADDRESS):
@@ -114,7 +114,7 @@ def _show(source: Source, interval_s: float) -> None:
         raise typer.BadParameter(
             f"the live view needs the extra `tui` ({error}): pip install 'scopestate[tui]'; --once does without"
         ) from error
-    # What is logged would be written over the view; it says what the view says.
+    # Log lines would be written over the view, which shows the same facts.
     nowhere = logging.NullHandler()
     logging.getLogger().addHandler(nowhere)
     try:

@@ -1,4 +1,4 @@
-"""What `scopestate top` shows: one reading of the figures of an engine, and what two readings say together."""
+"""What `scopestate top` shows: a reading of an engine's figures, and the rates between two readings."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True):
     """The figures of an engine at one moment."""
 
     at_s: float
-    """When they were read, by the monotonic clock of this program."""
+    """When they were read, in seconds of this program's monotonic clock."""
     place: str
     """Which engine, for people."""
     remark: str = ""
-    """What limits these figures, for people: no engine has the store open, for example."""
+    """A remark for people about what limits these figures, such as that no engine has the store open."""
     ok: bool = True
     problems: tuple[str, ...] = ()
     calls: dict[str, int] = {}
     """Calls so far, by function."""
     totals: dict[str, int] = {}
-    """Other counts that only grow: those of TOTALS, and worker_calls, which are partly among `calls`."""
+    """Other counts that only grow: those of TOTALS, and worker_calls, which `calls` includes in part."""
     now: dict[str, int | float] = {}
     """Sizes at this moment: keys, unsaved_scopes, threads, waiting, followers, last_save_ms."""
     role: str = ""
-    """The part in sharing a directory: owner or follower."""
+    """The role in sharing a directory: owner or follower."""
     scopes: tuple[ScopeFigure, ...] = ()
     scope_count: int = 0
     consumers: tuple[ConsumerStatus, ...] = ()
@@ -38,19 +38,19 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Rates:
-    """Turns totals into rates: the growth in each second between two readings."""
+    """Turns totals into rates: the growth per second between two readings."""
 
     def __init__(self) -> None:
         self._before: Reading | None = None
 
     def of(self, reading: Reading) -> dict[str, float]:
-        """Return how much each call (by its function id) and total grows; of the first reading: nothing."""
+        """Return the growth per second of each call (by function id) and total; nothing for the first reading."""
         before, self._before = self._before, reading
         if before is None or before.place != reading.place or reading.at_s <= before.at_s:
             return {}
         passed_s = reading.at_s - before.at_s
         counts, earlier = {**reading.calls, **reading.totals}, {**before.calls, **before.totals}
-        # An engine that was started anew begins at 0: less than before is what it has counted since.
+        # A restarted engine begins at 0: if a count is lower than before, all of it is new.
         return {
             name: (count - earlier.get(name, 0) if count >= earlier.get(name, 0) else count) / passed_s
             for name, count in counts.items()
@@ -58,7 +58,7 @@ class Rates:
 
 
 def reading_of(answer: dict[str, Any], workers: tuple[dict[str, Any], ...], place: str, at_s: float) -> Reading:
-    """Return the reading that an answer of `engine::metrics` is."""
+    """Return the reading from an answer of `engine::metrics`."""
     stats, health, server = answer["stats"], answer["health"], answer.get("server") or {}
     calls = {name: count for name, count in stats["calls"].items() if count}
     sharing, problem = stats.get("sharing") or {}, answer["problem"]
@@ -91,7 +91,7 @@ TOTALS = ("events", "deliveries", "failures", "retries", "dropped", "expired", "
 
 
 def summary(reading: Reading, rates: dict[str, float]) -> list[str]:
-    """Return the lines that say how an engine is, for people."""
+    """Return the lines that summarise an engine for people."""
     health = "healthy" if reading.ok else "; ".join(reading.problems)
     lines = [" | ".join(part for part in (reading.place, reading.role, health, reading.remark) if part)]
     now = reading.now
@@ -119,5 +119,5 @@ def summary(reading: Reading, rates: dict[str, float]) -> list[str]:
 
 
 def calls_per_s(reading: Reading, rates: dict[str, float]) -> float:
-    """Return how many calls there are in each second, of all functions."""
+    """Return the calls per second of all functions."""
     return sum(rates.get(name, 0.0) for name in reading.calls)

@@ -40,7 +40,7 @@ q          end
 """
 
 Column = tuple[str, Callable[[Any], Any], Callable[[Any], str]]
-"""Heading, the value that rows are sorted by, and how it is shown. Numbers are sorted with the largest first."""
+"""Heading, the value by which rows are sorted, and how it is shown. Numbers are sorted with the largest first."""
 
 TABLES: Final[dict[str, tuple[Column, ...]]] = {
     "scopes": (
@@ -89,7 +89,7 @@ class HelpScreen(ModalScreen[None]):
 
 
 class TopScreen(App[int]):
-    """Reads a source again and again, and shows what it says."""
+    """Reads a source repeatedly, and shows its figures."""
 
     TITLE = "scopestate top"
     ENABLE_COMMAND_PALETTE = False
@@ -129,7 +129,7 @@ class TopScreen(App[int]):
         self._calls: deque[float] = deque([0.0], maxlen=HISTORY)
         self._seen: Reading | None = None
         self._wake = asyncio.Event()
-        # Kept, and not looked up by their ids: a reading may end when the view has been taken down.
+        # Kept instead of looked up by id: a reading may end when the view has been removed.
         self._place = Static("", id="place", markup=False)
         self._trouble = Static("", id="trouble", markup=False)
         self._figures = Static("reading", id="figures", markup=False)
@@ -221,7 +221,7 @@ class TopScreen(App[int]):
             table.scroll_to(y=scrolled, animate=False)
 
     def _heading(self) -> None:
-        """Mark the column that each table is sorted by."""
+        """Mark the column by which each table is sorted."""
         for name, columns in TABLES.items():
             for place, (heading, _, _) in enumerate(columns):
                 label = Text(heading, style="underline" if place == self.sorted_by[name] else "")
@@ -242,7 +242,7 @@ class TopScreen(App[int]):
         self._again()
 
     def action_pause(self) -> None:
-        """Stop reading, or go on."""
+        """Stop reading, or continue."""
         self.paused = not self.paused
         self.sub_title = "paused" if self.paused else ""
         self._trouble.update("paused: press p to go on" if self.paused else "")

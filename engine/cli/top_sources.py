@@ -1,6 +1,6 @@
 """Where `scopestate top` reads figures: a running engine, the directory of a store, Redis.
 
-A source that finds nothing says why, and can be read again: it finds what has come back by itself.
+A source that finds nothing raises an error that says why. It can be read again, and finds a place that has come back.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from scopestate.wire.options import ClientOptions
 CONNECT_WAIT_S: Final = 2.0
 ANSWER_WAIT_S: Final = 10.0
 READING_SHARE: Final = 20
-"""A store that no engine has open is read anew after so many times as long as reading it has taken."""
+"""A store that no engine has open is read again after this many times the duration of the last reading."""
 
 
 class Source(Protocol):
-    """One place of state."""
+    """One place where state is kept."""
 
     place: str
-    """For people, without credentials."""
+    """A description for people, without credentials."""
 
     async def read(self) -> Reading:
-        """Return the figures of now. Raises ScopestateError: there is no engine, or it does not answer."""
+        """Return the current figures. Raises ScopestateError if there is no engine, or it does not answer."""
 
     async def close(self) -> None:
-        """Leave the place. Idempotent."""
+        """Release the place. Idempotent."""
 
 
 class EngineSource:
-    """A running engine, by its address. The connection stays open, and is made again when it is lost."""
+    """A running engine, by its address. The connection stays open, and is reopened when it is lost."""
 
     def __init__(self, address: Address) -> None:
         self.place = address.url
@@ -106,7 +106,7 @@ class StoreSource:
                 self._engine = EngineSource(Address.of_path(self._socket))
             try:
                 found = await self._engine.read()
-            except NotConnected:  # the socket is one that a killed process has left, or it has just ended
+            except NotConnected:  # a killed process has left its socket behind, or the engine has just ended
                 problem = "no engine answers at its socket"
             else:
                 self._files = None
@@ -144,7 +144,7 @@ class StoreSource:
 
 
 class RedisSource:
-    """Redis, by an engine of this program that writes nothing."""
+    """Redis, read by an engine of this program that writes nothing."""
 
     def __init__(self, config: Config, place: str) -> None:
         self.place = place
@@ -160,7 +160,7 @@ class RedisSource:
             self._engine = Engine(self._config)
             self._scopes = ScopeFigures(self._engine)
         found = reading_of(figures_of(self._engine, self._scopes), (), self.place, time.monotonic())
-        # The calls of this engine are those of `top` itself.
+        # The calls of this engine are only those of `top` itself.
         return msgspec.structs.replace(
             found, calls={}, totals={}, remark="from Redis: of other engines nothing is known"
         )

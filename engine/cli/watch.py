@@ -44,12 +44,12 @@ from scopestate.wire.refusals import refusal_of
 
 FOREVER_S: Final = 86_400.0 * 365
 _KINDS: Final = ["created", "updated", "deleted", "expired"]
-"""Named, because a worker that names no kinds gets `state:deleted` for a key that has expired."""
+"""All named, because a worker that names no kinds gets `state:deleted` for an expired key."""
 
 _WAIT_MS: Final = 30_000
-"""How long an engine is asked to wait for a change."""
+"""Milliseconds that the engine is asked to wait for a change."""
 _MOST: Final = 1_000
-"""Changes that are asked for at a time."""
+"""Changes requested at a time."""
 _NULL: Final = msgspec.Raw(b"null")
 _ABSENT: Final = msgspec.Raw()
 
@@ -132,17 +132,17 @@ def _check_options(
 
 
 class _Lines:
-    """Prints events, and knows when there were enough."""
+    """Prints events, and counts until there are enough."""
 
     def __init__(self, count: int, *, readable: bool, cursors: bool) -> None:
-        """`count`: events to print in all; 0: no limit."""
+        """`count`: total of events to print; 0: no limit."""
         self._count = count
         self._readable = readable
         self._cursors = cursors
         self._printed = 0
 
     def print_event(self, payload: bytes) -> bool:
-        """Print an event that a trigger has delivered; return whether there were enough. Raises as `out`."""
+        """Print an event that a trigger has delivered; return whether that was enough. Raises as `out`."""
         if self._readable:
             print_rich(event_line(msgspec.json.decode(payload)))
         else:
@@ -150,7 +150,7 @@ class _Lines:
         return self._count_one()
 
     def print_change(self, change: _Change) -> bool:
-        """Print a change as the event that it is; return whether there were enough."""
+        """Print a change as an event; return whether that was enough."""
         event: dict[str, Any] = {
             "type": "state",
             "event_type": change.event_type,
@@ -175,7 +175,7 @@ class _Lines:
         return self._count_one()
 
     def print_mark(self, kind: str, words: str, **facts: str) -> None:
-        """Print what is not a change: for programs, an object with this `type`."""
+        """Print something that is not a change; for programs, an object with this `type`."""
         if self._readable:
             print_rich(Text(shown(words), style="dim"))
         else:
@@ -200,7 +200,7 @@ class _Change(msgspec.Struct):
 
     @property
     def event_type(self) -> str:
-        """The type of the event that this change has fired."""
+        """The type of the event that this change fired."""
         if self.kind == "put":
             return "state:updated" if self.old_value else "state:created"
         return {"delete": "state:deleted", "expire": "state:expired"}.get(self.kind, f"state:{self.kind}")
@@ -240,11 +240,11 @@ class _Watch:
 
     @cached_property
     def _over(self) -> asyncio.Future[None]:
-        """Done when the watch is over. Made on the event loop."""
+        """A future that is done when the watch is over. Made on the event loop."""
         return asyncio.get_running_loop().create_future()
 
     async def follow(self, client: Client) -> None:
-        """Watch until the end."""
+        """Watch until the watch is over."""
         following = asyncio.ensure_future(self._follow(client))
         following.add_done_callback(self._ended)
         try:
@@ -282,7 +282,7 @@ class _Watch:
     async def _poll(self, client: Client) -> None:
         while True:
             try:
-                # The first answer comes at once: it says where the watch begins.
+                # The first answer comes at once, to say where the watch begins.
                 found = await self._ask(client, wait_ms=_WAIT_MS if self._told else 0)
             except (ConnectionLost, NotConnected):
                 if not client.connections or client.was_refused:
@@ -307,7 +307,7 @@ class _Watch:
         return msgspec.json.decode(result or b"null", type=_Changes)
 
     def _take(self, found: _Changes) -> bool:
-        """Print what was found; return whether there were enough."""
+        """Print the changes found; return whether that was enough."""
         initial = True
         for change in found.changes:
             if self._snapshot and not change.initial:
@@ -331,7 +331,7 @@ class _Watch:
         self._lines.print_mark("resync", f"all keys again: {reason}", reason=reason)
 
     def _compacted_or_raise(self, error: RemoteFailure, client: Client) -> None:
-        """Begin anew after a compaction, if that was asked for. Raises the error of the watch in any other case."""
+        """Begin anew after a compaction, if that was asked for. Otherwise raise the error of the watch."""
         if error.code in (FunctionNotFound.code, Forbidden.code) and not self._told:
             if error.code == FunctionNotFound.code:
                 raise Unsupported(self._needed[0], f"the engine at {client.url} is iii, or a scopestate from before it")
@@ -373,7 +373,7 @@ class _Watch:
         return None
 
     def on_change(self, connected: bool, reason: str) -> None:
-        """Report a connection that was lost or made again."""
+        """Report that the connection was lost or reopened."""
         if connected:
             self._connections += 1
             if self._connections > 1:
@@ -406,7 +406,7 @@ def _reader_watched(gone: Callable[[], object]) -> Iterator[None]:
 
         loop.add_reader(descriptor, ready)
     except (AttributeError, OSError, ValueError, NotImplementedError):
-        # No standard output, or a system without poll: the next write will notice.
+        # No standard output, or a system without poll: the next write will fail instead.
         yield
         return
     try:

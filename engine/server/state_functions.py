@@ -51,8 +51,7 @@ class _Input(msgspec.Struct, gc=False):
     scope: str
 
     def size(self) -> int:
-        """Return the bytes of a JSON text of only these fields; 0 if one is missing, or `value` and `data` are
-        given."""
+        """Return the bytes of a JSON text with these fields; 0 if one is missing, or with both `value` and `data`."""
         raise NotImplementedError
 
     def turn(self, limits: Limits) -> turns.Turn[Any]:
@@ -154,17 +153,17 @@ _INPUTS: Final[dict[str, type[_Input]]] = {
     "state::set": _Set,
     "state::update": _Update,
 }
-"""Function id -> its input. Of the other functions the input is read as `Engine.call` reads it."""
+"""Function id -> its input. The input of other functions is read as `Engine.call` reads it."""
 
 
 class StateFunctions:
     """Function id -> the function. For one event loop, which it never blocks.
 
-    Each raises what `Engine.call` raises, and Forbidden where the rights of the worker say so.
+    Each raises what `Engine.call` raises, and Forbidden if the worker lacks a right.
     """
 
     def __init__(self, engine: Engine, acknowledging: Callable[[Request, Any, Worker], Request]) -> None:
-        """`acknowledging`: makes a transaction of a delivery of one whose input names that."""
+        """`acknowledging` turns a transaction whose input names a delivery into one that acknowledges it."""
         self._engine = engine
         self._acknowledging = acknowledging
         self._scopes = engine._scopes
@@ -185,7 +184,7 @@ class StateFunctions:
         return self._added(row) if kind is None else self._reference(row, kind)
 
     def _reference(self, row: BuiltIn, kind: type[_Input]) -> Callable[[Raw, Worker], Outcome]:
-        """Return one of the reference's functions: its input is read without making values of it."""
+        """Return one of the reference's functions, which reads its input without decoding values."""
         function_id, read, limits = row.function_id, msgspec.json.Decoder(kind).decode, self._limits
         count, rights, gets = self._engine._tally[function_id].add, row.rights, kind is _Get
         answer = row.answer
@@ -257,7 +256,7 @@ class StateFunctions:
         return call
 
     def _changes(self, data: Raw, worker: Worker) -> Outcome:
-        """Begin a poll: what the worker asks for behind it is in its watch."""
+        """Begin a poll at once: its watch includes the changes by the worker's later messages."""
         payload, access = _decoded(polls.FUNCTION_ID, data), worker.access
         self._engine._tally[polls.FUNCTION_ID].add()
         scope = payload.get("scope") if isinstance(payload, dict) else None
