@@ -249,8 +249,8 @@ class Engine(Reactive, StateCalls):
         """Set a value: any JSON value, None included. Fires `state:created` or `state:updated`.
 
         Options (`SetOptions` says what each means): `if_revision` or `if_absent` for a condition, which raises Conflict
-        if it does not hold; `ttl`, `expires_at` or `keep_ttl` for the deadline, without which it is cleared or set as
-        the rule of the scope says; `durable`; `idempotency_key`.
+        if it does not hold; `ttl`, `expires_at` or `keep_ttl` for the deadline (by default it is cleared, or set by the
+        rule of the scope); `durable`; `idempotency_key`.
 
         Raises InvalidValue (with the path of what JSON cannot hold), ValueTooLarge, StorageError `SET_ERROR`,
         Overloaded, ReplyTimeout and EngineClosed. After an error nothing was written, with two exceptions: after
@@ -354,7 +354,7 @@ class Engine(Reactive, StateCalls):
         `UPDATE_ERROR`, and what `set` raises. In Redis the update is computed again if another engine changes the key;
         after `update_attempts` attempts it fails.
 
-        The options are those of `set`, but without an option for the deadline it stays as it is; and `atomic=True`,
+        The options are those of `set`, except that the deadline stays unless a new one is given; and `atomic=True`,
         which raises UpdateRefused instead of skipping an op, and then writes nothing.
         """
         if options:

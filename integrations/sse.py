@@ -112,11 +112,11 @@ async def open_stream(
     the same for a request without the header.
 
     Each change is an event `put`, `delete` or `expire`, with a JSON object as data: `scope`, `key`, `revision`, and the
-    `value` of a `put`. Its id is the cursor after the change. A snapshot begins with the event `resync` (data:
-    `{"reason":
-    ...}`), at which a client must drop its entries; the entries of the snapshot are `put` events with `"initial":
-    true`, and the event `synced` ends it. A client that cannot continue from its id gets `resync` and a snapshot (only
-    `resync` if `snapshot` is false); with `on_compacted="raise"` this raises Compacted or InvalidCursor instead.
+    `value` of a `put`. Its id is the cursor after the change. A snapshot begins with the event `resync` (its data
+    has the `reason`), at which a client must drop its entries; the entries of the snapshot are `put` events with
+    `"initial": true`, and the event `synced` ends it. A client that cannot continue from its id gets `resync` and a
+    snapshot (only `resync` if `snapshot` is false); with `on_compacted="raise"` this raises Compacted or InvalidCursor
+    instead.
 
     With a typed handle, its `on_invalid` decides about values that do not fit. If it raises, a warning is logged and
     the client gets the event `invalid` with `scope` and `key`.
