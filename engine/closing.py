@@ -36,10 +36,11 @@ class Closing:
     """Closes one engine, in stages that may be interrupted and repeated.
 
     1. Calls are refused, except those of handlers of events already fired. Calls of followers are no longer answered:
-    they go to the next owner of the directory. 2. Everything is saved: the process may have only a few seconds, and the
-    handlers may take all of them. 3. Those events are delivered, for at most `close_grace_ms`. The rest is reported as
-    not delivered. 4. Handlers are refused too, and their changes are saved. If that fails, `close()` raises and may be
-    called again. 5. The threads end, followers get their goodbye, and the backend is closed.
+       they go to the next owner of the directory.
+    2. Everything is saved: the process may have only a few seconds, and the handlers may take all of them.
+    3. Those events are delivered, for at most `close_grace_ms`. The rest is reported as not delivered.
+    4. Handlers are refused too, and their changes are saved. If that fails, `close()` raises and may be called again.
+    5. The threads end, followers get their goodbye, and the backend is closed.
     """
 
     def __init__(self, parts: Parts) -> None:
