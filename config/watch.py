@@ -57,9 +57,9 @@ class ConfigWatcher:
             path: The file; it need not exist at the moment.
             apply: Gets the new configuration. What it raises is logged and reported.
             report: Gets the error. What it raises is logged.
-            running: The configuration in use. If the file differs from it at `start`, the file is applied. quiet_s:
-            Seconds without a change before the file is read, so that no half-written file is read. recheck_s: Seconds
-            between looks at the file that need no event: for network file systems, which send none,
+            running: The configuration in use. If the file differs from it at `start`, the file is applied.
+            quiet_s: Seconds without a change before the file is read, so that no half-written file is read.
+            recheck_s: Seconds between looks at the file that need no event: for network file systems, which send none,
                 and for a folder that was itself replaced.
         """
         from watchdog.events import FileSystemEventHandler  # noqa: PLC0415 # `import scopestate` must not pay for it
