@@ -52,14 +52,19 @@ class Server:
         """Make a connection that is ready for commands. Raises NotConnected, in time."""
         dialled: Any = self.make()
         # The time limits of redis-py are for each step (connect, TLS, each answer); this one is for all of them.
-        overdue = threading.Timer(self._within_s, lambda: _cut(dialled))
+        is_late = threading.Event()
+
+        def give_up() -> None:
+            is_late.set()  # first: what follows ends the connection under the thread that is dialling
+            _cut(dialled)
+
+        overdue = threading.Timer(self._within_s, give_up)
         overdue.daemon = True
         overdue.start()
         try:
             dialled.connect()
             return self.wrapped(dialled)
         except (RedisError, OSError, ValueError) as error:
-            is_late = overdue.finished.is_set()
             dialled.disconnect()
             reason = error
         finally:
@@ -68,7 +73,7 @@ class Server:
         if _reveals(reason, self._place.password):
             # Not even chained to it: tracebacks show causes.
             raise NotConnected(problem + _LOGIN_REFUSED)
-        raise NotConnected(problem + self._why_not(reason, is_late=is_late)) from reason
+        raise NotConnected(problem + self._why_not(reason, is_late=is_late.is_set())) from reason
 
     def _why_not(self, error: Exception, *, is_late: bool) -> str:
         """Return in words why it did not work, with what may be behind it if the error does not say that itself."""

@@ -18,6 +18,7 @@ from servers import BINARIES, VALKEY, Binary, Sentinel, Server, StartServer
 from scopestate import Engine
 from scopestate.config import RedisOptions
 from scopestate.errors import StorageError
+from scopestate.persistence.redis import dialling
 
 
 def _refusal(url: str, within_s: float, **redis: Any) -> str:
@@ -244,6 +245,24 @@ def test_a_server_that_does_not_answer_is_given_up_in_time(start_server: StartSe
 
     assert f"redis://{HOST}:{server.port}: no answer within 0.7 s" in text
     assert RedisOptions().connect_timeout_ms == 5000
+
+
+def test_a_connection_that_is_cut_in_time_is_not_taken_for_one_that_the_server_closed(
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start_server()
+    server.pause()
+    cut, refused = dialling._cut, threading.Event()
+
+    def cut_and_be_slow(dialled: Any) -> None:
+        cut(dialled)
+        refused.wait(20)
+
+    monkeypatch.setattr(dialling, "_cut", cut_and_be_slow)
+    text = _refusal(server.url, 20, connect_timeout_ms=700)
+    refused.set()
+
+    assert "no answer within 0.7 s" in text
 
 
 def test_somebody_who_answers_and_is_no_redis() -> None:
