@@ -229,6 +229,9 @@ class HandlerActor(Shaping):
         try:
             if self._claim.setdefault(HOLDER, hold) is hold:
                 self._drain(hold)
+            elif not self._looking and self._may_block_others():
+                # What was offered while this turn was scheduled may wait behind a call that does not return.
+                self._look_soon()
         except BaseException:
             certainly(functools.partial(self._recover_from, hold))
             raise
@@ -672,7 +675,8 @@ class HandlerActor(Shaping):
                 self._dispatcher.submit_program(self._take_over)
             return
         self._look_s = min(2 * self._look_s, self.LONGEST_LOOK_S)
-        if event is not None and self._may_block_others():
+        # Also if the holder is between two calls: the next one may be the one that does not return.
+        if victim is not None and self._may_block_others():
             self._look_soon()
 
     def _take_over(self) -> None:

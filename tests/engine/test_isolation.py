@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from ids import stable
-from watching import PATIENCE_S, Failures, Gate, LoopThread, Seen, SlowUpdate, in_thread
+from watching import PATIENCE_S, Failures, Gate, LoopThread, Seen, SlowUpdate, in_thread, until
 
 from scopestate import Engine, StateEvent, messages
 from scopestate.actors import gate
@@ -50,14 +50,6 @@ THROWN: list[type[BaseException]] = [
 
 def throw(error: type[BaseException]) -> Any:
     raise error
-
-
-def until(holds: Callable[[], object]) -> None:
-    """Wait until `holds()` is true."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not holds():
-        assert time.monotonic() < deadline, "it never came true"
-        threading.Event().wait(0.005)
 
 
 @pytest.fixture

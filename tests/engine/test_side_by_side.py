@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from watching import PATIENCE_S, Failures, Gate, Seen
+from watching import PATIENCE_S, Failures, Gate, Seen, until
 
 from scopestate import Engine, StateEvent
 from scopestate.actors.deterministic import DeterministicDispatcher
+from scopestate.actors.handler import HandlerActor, Hold
 from scopestate.config import from_mapping
 from scopestate.errors import Overloaded, WouldDeadlock
 
@@ -347,6 +348,55 @@ def test_blocked_handlers_leave_the_rest_of_the_engine_quick(engine: Engine) -> 
         gate.open()
     engine.drain(timeout=PATIENCE_S)
     assert engine.stats().deliveries == 400
+
+
+def test_events_behind_a_blocked_call_begin_though_the_first_look_came_before_it(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look, drain, looked = HandlerActor._look, HandlerActor._drain_quickly, threading.Event()
+
+    def look_when_all_are_here(handler: HandlerActor) -> None:
+        until(lambda: looked.is_set() or len(handler._mailbox) == 10)
+        look(handler)
+        looked.set()
+
+    def begin_after_the_look(handler: HandlerActor, hold: Hold, left: int) -> int:
+        assert looked.wait(PATIENCE_S), "nobody has looked"
+        return drain(handler, hold, left)
+
+    monkeypatch.setattr(HandlerActor, "_look", look_when_all_are_here)
+    monkeypatch.setattr(HandlerActor, "_drain_quickly", begin_after_the_look)
+    gate = Gate()
+    engine.on_change(order="none", concurrency=10)(gate)
+    try:
+        for number in range(10):
+            engine.set("s", str(number), number)
+        for _ in range(10):
+            gate.wait_until_reached()
+    finally:
+        gate.open()
+
+
+def test_an_event_begins_that_was_offered_while_a_turn_was_scheduled_in_vain(engine: Engine) -> None:
+    gates = {"a": Gate(), "b": Gate()}
+    engine.on_change(scope="s", order="key")(lambda event: gates[event.key]())
+    (handler,) = engine._parts.router.triggers.handlers()
+    engine.set("s", "a", 0)
+    gates["a"].wait_until_reached()
+    until(lambda: not handler._scheduled)
+    handler._scheduled = True  # by somebody who saw no holder of the claim yet
+    try:
+        engine.set("s", "b", 0)
+        until(lambda: handler._mailbox)
+        assert not handler._looking
+
+        handler.run_batch()
+
+        gates["b"].wait_until_reached()
+        assert [event.key for event in handler.under_way()] == ["a", "b"]
+    finally:
+        for gate in gates.values():
+            gate.open()
 
 
 def test_many_lanes_leave_nothing_behind(engine: Engine) -> None:

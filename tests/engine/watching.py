@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,14 @@ from scopestate.persistence import Row, ScopeChange, ScopeState, Store
 
 PATIENCE_S = 20.0
 """How long a test waits for what must happen; far longer than it takes on a busy machine."""
+
+
+def until(holds: Callable[[], object]) -> None:
+    """Wait until `holds()` is true."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not holds():
+        assert time.monotonic() < deadline, "it never came true"
+        threading.Event().wait(0.005)
 
 
 class Seen:
