@@ -12,7 +12,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -21,6 +20,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ports import free_port
 from reliability.living import untraced_environment
 
 ROOT = Path(__file__).parents[2]
@@ -63,7 +63,7 @@ class Walk:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._port = str(_free_port())
+        self._port = str(free_port())
         self._server: subprocess.Popen[str] | None = None
         self._log: list[str] = []
         self._environment = untraced_environment()
@@ -187,9 +187,3 @@ def _check_extras(words: list[str]) -> None:
     for word in words:
         if found := re.fullmatch(r"scopestate\[(.+)\]", word):
             assert set(found[1].split(",")) <= known, word
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
