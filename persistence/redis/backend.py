@@ -24,10 +24,11 @@ from scopestate.persistence.connections.connection import Broken
 from scopestate.persistence.connections.pump import Deliver, Means
 from scopestate.persistence.redis import sidecar
 from scopestate.persistence.redis.cluster import Clustered, slots_of
+from scopestate.persistence.redis.cluster_events import ClusterReader
 from scopestate.persistence.redis.connection import Connection, Refusal
 from scopestate.persistence.redis.consumers import RedisConsumers
 from scopestate.persistence.redis.dialling import Server, traits
-from scopestate.persistence.redis.events import Arrivals, Reader
+from scopestate.persistence.redis.events import Reader
 from scopestate.persistence.redis.history import Life, StreamHistory
 from scopestate.persistence.redis.numbered import NumberedShape
 from scopestate.persistence.redis.options import RedisOptions
@@ -35,6 +36,7 @@ from scopestate.persistence.redis.port import Place
 from scopestate.persistence.redis.scope import RedisScope
 from scopestate.persistence.redis.script import Shape, explain, keys_of, with_source
 from scopestate.persistence.redis.servers import Servers, Single, Watched
+from scopestate.persistence.redis.tail import Published
 
 log = logging.getLogger("scopestate.persistence.redis")
 
@@ -46,9 +48,9 @@ _MOST_MISFITS: Final = 100
 _NAMED_MISFITS: Final = 5
 """The number that `problem` names."""
 _NO_DATABASES: Final = "a cluster has only database 0, and {address} is in one; leave the database out"
-_NO_EVENTS: Final = (
-    "{address} is in a cluster: its keys live on different servers, so a write and its event cannot be one step; use "
-    "one server or Sentinels, or `events: local`"
+_NO_BRACES: Final = (
+    "{address} is in a cluster, where the text in braces alone decides on which server a scope and its events are; "
+    "with `events: shared`, leave `{{` out of the prefix"
 )
 
 
@@ -65,15 +67,10 @@ class RedisBackend(Backend):
         """
         kept = options.events_kept if options.shares_events else 0
         make = NumberedShape if options.revisions else Shape
-        self.shape = make(options.key_prefix, events_kept=kept)
         self.update_attempts = options.update_attempts
         self.shares_events = options.shares_events
         self.store_id = f"redis:{options.key_prefix}"
         """What the cursors of pages name this store by."""
-        self.published = 0
-        """Number of the newest event that this engine has published."""
-        self.latest = 0
-        """The number of the last one. If it is less, answers came out of order, or the numbers have started again."""
         self._options = options
         self._pid = os.getpid()
         self._attempts = Tally()
@@ -88,12 +85,14 @@ class RedisBackend(Backend):
             self._servers = servers or find_servers(options, Means(deliver))
         except NotConnected as error:
             raise StorageError(str(error)) from error
+        is_clustered = isinstance(self._servers, Clustered)
+        self.shape = make(options.key_prefix, events_kept=kept, clustered=bool(kept) and is_clustered)
         self.owner_of = self._servers.owner_of
         self.unwatchable = self._why_unwatchable()
         self.reader = self._open_reader(options) if self.shares_events else None
         """Reads the events of all engines; None if they are not shared."""
-        self.durable = self._make_consumers(options) if self.shares_events else None
-        """The consumers of durable triggers; None: events are not shared."""
+        self.durable = self._make_consumers(options) if isinstance(self.reader, Reader) else None
+        """The consumers of durable triggers; None: there are none here."""
         self.consumers = self.durable
 
     # ------------------------------------------------------------------------------------------------- for the scopes
@@ -102,10 +101,9 @@ class RedisBackend(Backend):
         """True if this thread has the claim of an owner."""
         return any(owner.is_held_here() for owner in self._servers.owners())
 
-    def note_published(self, number: int) -> None:
-        """Note the number of an event that this engine has published."""
-        self.published = max(self.published, number)
-        self.latest = number
+    def published_of(self, hash_key: bytes) -> Published:
+        """Return where the numbers of the events are noted that this engine publishes for a scope."""
+        return Published() if self.reader is None else self.reader.published_of(hash_key)
 
     def note_misfit(self, scope: str, key: str, problem: str) -> None:
         """Note a value in Redis that is not JSON, or a key that is not UTF-8."""
@@ -130,8 +128,9 @@ class RedisBackend(Backend):
             self._around = around
             around.dispatcher.submit(self._find_due)
         if self.reader is not None:
-            arrivals = Arrivals(self, self.reader, around.router, around.dispatcher)
+            arrivals = self.reader.outlet_to(self, around.router)
             if self.unwatchable is None:
+                assert isinstance(self.reader, Reader)  # else it is unwatchable
                 life = self.reader.life
                 past = StreamHistory(self.shape, lambda: self._visit(self._servers.primaries()[0], "a watch"))
                 around.router.feed.connect_elsewhere(
@@ -145,7 +144,7 @@ class RedisBackend(Backend):
 
     def _why_unwatchable(self) -> str | None:
         if isinstance(self._servers, Clustered):
-            return "changes by other engines do not reach this one: a cluster has no shared events"
+            return "it is a cluster, in which each slot has a stream of its own"
         if not self.shares_events:
             return "changes by other engines do not reach this one: write `events: shared`"
         return None if self.shape.numbers else "this Redis is without revisions (`revisions: false`)"
@@ -157,7 +156,7 @@ class RedisBackend(Backend):
     def _catch_up(self) -> None:
         """Wait until every change that was made by now is in the feed. Raises StorageError."""
         reader, server = self.reader, self._servers.primaries()[0]
-        assert reader is not None  # else there is nothing to catch up with
+        assert isinstance(reader, Reader)  # else it is unwatchable
         restarts = reader.restarts
         with self._visit(server, "a watch") as connection:
             counted = int(connection.call("GET", self.shape.counter) or 0)
@@ -334,8 +333,12 @@ class RedisBackend(Backend):
             problem += " or yet more" if len(misfits) == _MOST_MISFITS else ""
         return f"{problem}; set or delete {'the key' if len(misfits) == 1 else 'these keys'}"
 
-    def _open_reader(self, options: RedisOptions) -> Reader:
-        reader = Reader(self._servers.primaries()[0], options, self.shape, lambda: self.published, self._note_restart)
+    def _open_reader(self, options: RedisOptions) -> Reader | ClusterReader:
+        reader: Reader | ClusterReader
+        if isinstance(self._servers, Clustered):
+            reader = ClusterReader(self._servers, options, self.shape)
+        else:
+            reader = Reader(self._servers.primaries()[0], options, self.shape, Published())
         try:
             reader.open()
         except NotConnected as error:
@@ -350,7 +353,8 @@ class RedisBackend(Backend):
         target = self._servers.primaries()[0]
         engine = f"{socket.gethostname()}-{self._pid}-{secrets.token_hex(8)}".replace(" ", "_").replace(":", "_")
         limit = f"{options.journal_when_full[0]}{options.journal_events}"
-        place = Place(self.shape, target, engine, options.call_timeout_s, lambda: self.published)
+        published = self.published_of(b"")
+        place = Place(self.shape, target, engine, options.call_timeout_s, lambda: published.newest)
 
         def visit() -> AbstractContextManager[Connection]:
             return self._visit(target, "an operation on durable triggers")
@@ -359,10 +363,6 @@ class RedisBackend(Backend):
         return RedisConsumers(
             place, visit, options.events_kept, limit, lambda start: past.begin_of(start, self.store_id)
         )
-
-    def _note_restart(self, number: int) -> None:
-        """Note that the numbers of events have gone back: earlier ones no longer count."""
-        self.published = self.latest = number
 
     def _hash_key(self, scope: str) -> bytes:
         return self.shape.key_of(_text(scope, "scope"))
@@ -409,8 +409,8 @@ def find_servers(options: RedisOptions, means: Means) -> Servers:
     elif mode == b"cluster":
         if options.server.database:
             raise ConfigError(_NO_DATABASES.format(address=options.address), key="adapter.config.database")
-        if options.shares_events:
-            raise ConfigError(_NO_EVENTS.format(address=options.address), key="adapter.config.events")
+        if options.shares_events and "{" in options.key_prefix:
+            raise ConfigError(_NO_BRACES.format(address=options.address), key="adapter.config.key_prefix")
         servers = Clustered(options, means, slots_of(options))
     else:
         servers = Single(Server(options), options, means)

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import msgspec
 from redis.connection import AbstractConnection
@@ -43,14 +43,17 @@ class Clustered:
     """
 
     moves = True
+    count: Final = REDIS_CLUSTER_HASH_SLOTS
+    """The number of slots."""
 
     def __init__(self, options: RedisOptions, means: Means, rows: list[Any]) -> None:
         """`rows`: what the server of the options answered to CLUSTER SLOTS; no slots raise NotConnected."""
         self._options = options
         self._means = means
-        self._pools: dict[Where, Pool[Server]] = {}
+        self._pools: dict[Where, ServerPool] = {}
         """Of every server that owns slots, or did. They stay: a server may get slots again."""
-        self._slots: list[Pool[Server]] = []
+        self._slots: list[ServerPool] = []
+        self._parts: dict[ServerPool, list[int]] | None = None
         self._nodes: list[Where] = []
         """All servers of the cluster, replicas included, as of the last map."""
         self._reading = threading.Lock()
@@ -116,13 +119,13 @@ class Clustered:
 
     def redirect(self, command: Command, refusal: Refusal) -> RedisConnectionOwner:
         """Return the owner for a command that this server does not serve. Never blocks: a thread has a claim now."""
-        pool = self._named_by(refusal, command.address)
+        pool = self.named_by(refusal, command.address)
         command.prefix = _ASKING if refusal.word == "ASK" else b""
         return pool.for_large() if command.bulk else pool.shared
 
     def follow(self, refusal: Refusal, said_by: str) -> Connection:
         """Return a connection to the server that a refusal names, ready for the command. Raises NotConnected."""
-        connection = self._named_by(refusal, said_by).target.dial()
+        connection = self.named_by(refusal, said_by).target.dial()
         if refusal.word == "ASK":
             try:
                 connection.call("ASKING")
@@ -131,16 +134,17 @@ class Clustered:
                 raise NotConnected(f"Redis at {connection.address} refused ASKING: {error}") from error
         return connection
 
-    def _named_by(self, refusal: Refusal, said_by: str) -> Pool[Server]:
+    def named_by(self, refusal: Refusal, said_by: str) -> ServerPool:
         """Return the connections to the server that MOVED or ASK names; MOVED says so for good."""
         word, slot, address = refusal.text.split(" ")[:3]
         host, _, port = address.rpartition(":")
         if host in {"", "?"}:
             host = said_by.rpartition(":")[0]  # it does not know its own name: the one by which it was reached will do
         with self._lock:
-            pool = self._pool_of((host, int(port)))
+            pool = self._pool_at((host, int(port)))
             if word == "MOVED":
                 self._slots[int(slot)] = pool
+                self._parts = None
                 self._mark()
         return pool
 
@@ -172,33 +176,37 @@ class Clustered:
                 log.info("the map of the cluster cannot be read: %s", error)
                 continue
             if rows:
-                before = self._owners()
-                with self._lock:
-                    self._take(rows, (place or self._options.server).host)
-                if set(before) != set(self._owners()):
-                    names = ", ".join(pool.target.address for pool in self._owners())
-                    log.warning("the slots of the Redis cluster are served by %s now", names)
+                self._take_in(rows, (place or self._options.server).host)
                 return
+
+    def _take_in(self, rows: list[Any], host: str) -> None:
+        before = self._owners()
+        with self._lock:
+            self._take(rows, host)
+        if set(before) != set(self._owners()):
+            names = ", ".join(pool.target.address for pool in self._owners())
+            log.warning("the slots of the Redis cluster are served by %s now", names)
 
     def _take(self, rows: list[Any], host: str) -> None:
         """Take in what CLUSTER SLOTS answered; `host` is that of the server that answered."""
-        slots: list[Pool[Server] | None] = [None] * REDIS_CLUSTER_HASH_SLOTS
+        slots: list[ServerPool | None] = [None] * REDIS_CLUSTER_HASH_SLOTS
         nodes: dict[Where, None] = {}
         for first, last, *servers in rows:
             named = [_where(one, host) for one in servers]
             nodes |= dict.fromkeys(named)
-            slots[first : last + 1] = [self._pool_of(named[0])] * (last + 1 - first)
+            slots[first : last + 1] = [self._pool_at(named[0])] * (last + 1 - first)
         some_pool = next((pool for pool in slots if pool is not None), None)
         if some_pool is not None:
             # A slot that no server has goes to any of them: the server says so better than we could.
             self._slots = [pool or some_pool for pool in slots]
+            self._parts = None
             self._nodes = list(nodes)
             self._mark()
 
-    def _pool_of(self, where: Where) -> Pool[Server]:
+    def _pool_at(self, where: Where) -> ServerPool:
         pool = self._pools.get(where)
         if pool is None:
-            node = _Node(self, self._options, where)
+            node = Node(self, self._options, where)
             pool = self._pools[where] = Pool(node, self._options, self._means, self)
         return pool
 
@@ -208,24 +216,47 @@ class Clustered:
             for owner in pool:
                 owner.serves = pool in owners
 
-    def _owners(self) -> list[Pool[Server]]:
+    def _owners(self) -> list[ServerPool]:
         return list(dict.fromkeys(self._slots))
 
+    def pool_of(self, slot: int) -> ServerPool:
+        """Return the connections to the server that has a slot."""
+        return self._slots[slot]
 
-class _Node(Server):
+    def parts(self) -> dict[ServerPool, list[int]]:
+        """Return the servers that have slots, each with those. Not to be changed."""
+        with self._lock:
+            if self._parts is None:
+                parts: dict[ServerPool, list[int]] = {}
+                for slot, pool in enumerate(self._slots):
+                    parts.setdefault(pool, []).append(slot)
+                self._parts = parts
+            return self._parts
+
+    def note_map(self, rows: list[Any], host: str) -> None:
+        """Take in what the server at `host` has answered to CLUSTER SLOTS."""
+        if rows:
+            self._take_in(rows, host)
+
+    def place_of(self, where: Where) -> RedisAddress:
+        """Return the address of a server, with the login."""
+        return _place_of(self._options, where)
+
+
+class Node(Server):
     """One server of a cluster."""
 
     def __init__(self, cluster: Clustered, options: RedisOptions, where: Where) -> None:
         super().__init__(options, _place_of(options, where))
+        self.where = where
         self._cluster = cluster
-        self._where = where
 
     def dial(self) -> Connection:
         """As of `Server`; if that fails, the map is read again, since another server may have taken its place."""
         try:
             return super().dial()
         except NotConnected:
-            self._cluster.refresh(but=self._where)
+            self._cluster.refresh(but=self.where)
             raise
 
     def wrapped(self, dialled: AbstractConnection) -> Connection:
@@ -285,3 +316,6 @@ def _where(named: list[Any], host: str) -> Where:
     """Return host and port of a server in CLUSTER SLOTS. `host` is for one that does not know its own name."""
     name = named[0].decode() if named[0] else ""
     return (host if name in {"", "?"} else name), int(named[1])
+
+
+ServerPool: TypeAlias = Pool[Node]

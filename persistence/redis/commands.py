@@ -73,6 +73,7 @@ class ScopeCommands(CommandMaker):
     ) -> None:
         """`changed(call, change, number)` is called for each change, in order. 0: changes have no number."""
         super().__init__(scope, store, limits, clock=clock)
+        self._published = store.published_of(self.hash_key)
         self.due_ms: int | None = None
         """The next deadline that is known of, in milliseconds by the server's clock."""
         self.due_key: str | None = None
@@ -104,7 +105,7 @@ class ScopeCommands(CommandMaker):
             for call, found in zip(command.calls, reply, strict=False):
                 self._finish(call, found, ended)
             if self.publishes and (last := reply[len(command.calls)]):
-                self._store.note_published(last)
+                self._published.note(last)
         else:
             self._finish(command.calls[0], reply, ended)  # of one key
         if command.again:
@@ -393,7 +394,7 @@ class ScopeCommands(CommandMaker):
         elif type(turn) is Expire:
             self._number = int(reply[-1] or b"0")
             if self.publishes and reply[1]:
-                self._store.note_published(reply[1])
+                self._published.note(reply[1])
             call.answer = self._finish_sweep(call, reply[0])
         else:
             call.answer = reply

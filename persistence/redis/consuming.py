@@ -519,7 +519,7 @@ class Names:
     def __init__(self, shape: Shape, consumer: str, engine: str) -> None:
         """`engine`: a name of this engine that no other one has, without spaces and colons."""
         self.consumer = consumer
-        base = f"scopestate:consumer:{shape.key_prefix}:"
+        base = f"scopestate:consumer:{shape.place}:"
         self._keys = (shape.stream, shape.counter, shape.limit, names_key(shape), base + consumer)
         self._base = base
         self._engine = engine
@@ -605,7 +605,7 @@ class Begin(NamedTuple):
 
 def names_key(shape: Shape) -> str:
     """Return the key of the names of all consumers."""
-    return f"scopestate:consumers:{shape.key_prefix}"
+    return f"scopestate:consumers:{shape.place}"
 
 
 _LETTERS: Final = {"created": "c", "updated": "u", "deleted": "d", "expired": "x"}

@@ -35,7 +35,7 @@ class Life(NamedTuple):
 
 def store_key(shape: Shape) -> str:
     """Return the key of what is known of the life of a database."""
-    return f"scopestate:store:{shape.key_prefix}"
+    return f"scopestate:store:{shape.place}"
 
 
 def read_life(connection: Connection, shape: Shape) -> Life:
@@ -43,8 +43,20 @@ def read_life(connection: Connection, shape: Shape) -> Life:
     key = store_key(shape)
     connection.call("HSETNX", key, "name", secrets.token_hex(8))
     connection.call("HSETNX", key, "base", time.time_ns() // 1000)
-    name, base, epoch = connection.call("HMGET", key, "name", "base", "epoch")
-    return Life(name.decode(), int(base), int(epoch or 0))
+    life = life_in(connection.call(*life_parts(shape)))
+    assert life is not None  # made above
+    return life
+
+
+def life_parts(shape: Shape) -> tuple[str, ...]:
+    """Return the command that reads the life of the database, whose reply `life_in` takes."""
+    return "HMGET", store_key(shape), "name", "base", "epoch"
+
+
+def life_in(reply: list[bytes | None]) -> Life | None:
+    """Return the life of the database; None if no engine has asked for it yet."""
+    name, base, epoch = reply
+    return None if name is None or base is None else Life(name.decode(), int(base), int(epoch or 0))
 
 
 def end_epoch(connection: Connection, shape: Shape, before: Life, number: int) -> Life:

@@ -567,9 +567,16 @@ class NumberedShape(Shape):
 
     numbers = True
 
-    def __init__(self, key_prefix: str, *, events_kept: int = 0, wall_ns: Callable[[], int] = time.time_ns) -> None:
+    def __init__(
+        self,
+        key_prefix: str,
+        *,
+        events_kept: int = 0,
+        clustered: bool = False,
+        wall_ns: Callable[[], int] = time.time_ns,
+    ) -> None:
         """`wall_ns`: the time since the epoch, in nanoseconds."""
-        super().__init__(key_prefix, events_kept=events_kept)
+        super().__init__(key_prefix, events_kept=events_kept, clustered=clustered)
         self._kept = str(events_kept) if events_kept else ""
         self._wall_ns = wall_ns
 
@@ -629,7 +636,7 @@ class NumberedShape(Shape):
     def write(
         self, names: tuple[bytes, ...], scope: str, entries: Sequence[Any], kept: Sequence[bytes] = ()
     ) -> tuple[Any, ...]:
-        events: tuple[Any, ...] = (self.stream, self.counter, self.limit) if self.publishes else ()
+        events = self.event_keys(names[0])
         count = str(len(names) + len(events) + len(kept))
         return "EVALSHA", _WRITES, count, *names, *events, *kept, self._number(), self._kept, scope, *entries
 

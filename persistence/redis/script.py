@@ -7,12 +7,16 @@ change, so a command is done whole or not at all.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, Self
+
+from redis.crc import key_slot
 
 from scopestate.errors import StorageError
 from scopestate.persistence.redis.connection import PASSING, Refusal
+from scopestate.persistence.redis.slots import tags
 
 # How an event is added. While there are durable triggers, `limit` has what the stream may hold, behind a `b` or a `p`.
 # Above that, `b` refuses writes, those of handlers at twice as many; `p` trims the stream, and a consumer that has not
@@ -206,18 +210,40 @@ class Shape:
     numbers = False
     """True if each key has a revision."""
 
-    def __init__(self, key_prefix: str, *, events_kept: int = 0) -> None:
-        """`events_kept`: how many the stream keeps; 0: none are published."""
+    stream: str
+    """The stream of events: field `n` number, `s` scope, `k` key, `o` old and `v` new value if any, `d` depth, `t`
+    trace if any, `r` revision, `x` deadline if it has expired, `m` how many more events of its transaction follow."""
+    counter: str
+    """The number of the newest event."""
+    limit: str
+    """What the stream may hold while there are durable triggers: see `LIMITED`."""
+    place: str
+    """How the names of all keys end that belong to this stream."""
+
+    def __init__(self, key_prefix: str, *, events_kept: int = 0, clustered: bool = False) -> None:
+        """`events_kept`: how many a stream keeps; 0: none are published. `clustered`: each slot has a stream."""
         self.key_prefix = key_prefix
-        self.stream = f"scopestate:events:{key_prefix}"
-        """The stream of events: field `n` number, `s` scope, `k` key, `o` old and `v` new value if any, `d` depth,
-        `t` trace if any, `r` revision, `x` deadline if it has expired, `m` how many more events of its transaction
-        follow."""
-        self.counter = f"scopestate:count:{key_prefix}"
-        self.limit = f"scopestate:limit:{key_prefix}"
-        """What the stream may hold while there are durable triggers: see `LIMITED`."""
         self.publishes = bool(events_kept)
         self._kept = str(events_kept)
+        self.place = key_prefix
+        self._event_keys: tuple[str, ...] = ()
+        self.stream, self.counter, self.limit = keys = _event_keys(key_prefix)
+        if events_kept:
+            self._event_keys = keys
+        self.by_slot = [_event_keys(f"{key_prefix}{{{tag}}}") for tag in tags()] if clustered else None
+        """In a cluster: the stream of each slot, its counter and its limit."""
+
+    def in_slot(self, slot: int) -> Self:
+        """Return the shape of what is in one slot of a cluster."""
+        other = copy.copy(self)
+        other.place = f"{self.key_prefix}{{{tags()[slot]}}}"
+        other.stream, other.counter, other.limit = other._event_keys = _event_keys(other.place)
+        other.by_slot = None
+        return other
+
+    def event_keys(self, hash_key: bytes) -> tuple[str, ...]:
+        """Return the stream of a scope, its counter and its limit; none if no events are published."""
+        return self._event_keys if self.by_slot is None else self.by_slot[key_slot(hash_key)]
 
     def key_of(self, scope: str) -> bytes:
         """The key of a scope's hash."""
@@ -252,9 +278,13 @@ class Shape:
     ) -> tuple[Any, ...]:
         """Return the parts of the command that does the entries. `kept`: the keys of kept answers that they name."""
         if self.publishes:
-            keys = (*names, self.stream, self.counter, self.limit)
+            keys = (*names, *self.event_keys(names[0]))
             return ("EVALSHA", DIGEST, "4", *keys, self._kept, scope, *entries)
         return ("EVALSHA", DIGEST, "1", *names, *entries)
+
+
+def _event_keys(place: str) -> tuple[str, str, str]:
+    return f"scopestate:events:{place}", f"scopestate:count:{place}", f"scopestate:limit:{place}"
 
 
 def keys_of(parts: tuple[Any, ...]) -> tuple[bytes | str, ...]:

@@ -38,6 +38,7 @@ from scopestate.persistence.redis.options import RedisOptions
 from scopestate.persistence.redis.owner import RedisConnectionOwner
 from scopestate.persistence.redis.scope import RedisScope
 from scopestate.persistence.redis.script import SOURCE, Shape
+from scopestate.persistence.redis.tail import Published
 
 _LEFT_OUT = LEFT_OUT | {
     "_batches", "_store", "_limits", "_scope", "_changed", "_routes", "_session", "name", "hash_key", "scope_name"
@@ -126,10 +127,13 @@ class Store:
     def nothing(self, *_: object) -> None:
         """Count and note nothing."""
 
-    note_attempt = note_conflict = note_published = note_misfit = note_fit = nothing
+    note_attempt = note_conflict = note_misfit = note_fit = nothing
 
     def __init__(self, model: Model) -> None:
         self.model = model
+
+    def published_of(self, hash_key: bytes) -> Published:
+        return Published()
 
     def is_held_here(self) -> bool:
         return bool(self.model.owner.is_held_here())

@@ -481,15 +481,6 @@ def test_a_database_is_refused_because_clusters_have_only_one(cluster: Cluster) 
     assert "only database 0" in str(refused.value)
 
 
-def test_shared_events_are_refused_because_they_could_not_be_one_step(cluster: Cluster) -> None:
-    with pytest.raises(ConfigError) as refused:
-        open_at(cluster.urls[0], events="shared")
-
-    assert refused.value.key == "adapter.config.events"
-    assert "its keys live on different servers, so a write and its event cannot be one step" in str(refused.value)
-    assert cluster.urls[0] in str(refused.value)
-
-
 def test_a_server_that_is_in_no_cluster_is_one_server(start_server: StartServer) -> None:
     with open_at(start_server().url) as engine:
         assert len({owner.address for owner in owners_of(engine)}) == 1

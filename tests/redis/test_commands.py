@@ -20,6 +20,7 @@ from scopestate.persistence.redis import commands as redis_commands
 from scopestate.persistence.redis.calls import Call
 from scopestate.persistence.redis.commands import ScopeCommands
 from scopestate.persistence.redis.script import DONE, SKIPPED, Shape
+from scopestate.persistence.redis.tail import Published
 
 
 class Transfer(Turn[bool], frozen=True):
@@ -100,6 +101,7 @@ class Commands:
             note_conflict=self._count,
             note_misfit=lambda *_: None,
             note_fit=lambda *_: None,
+            published_of=lambda _: Published(),
         )
         scope: Any = SimpleNamespace(scope="s", rule=NO_RULE)
         self.scope = ScopeCommands(

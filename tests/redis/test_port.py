@@ -26,7 +26,7 @@ class Side:
         self.options = RedisOptions(redis_url=server.url, events="shared", call_timeout_ms=500, connect_timeout_ms=500)
         self.backend = RedisBackend(self.options, lambda outcomes: None)
         target = dialling.Server(self.options)
-        place = Place(self.backend.shape, target, name, 0.5, lambda: self.backend.published)
+        place = Place(self.backend.shape, target, name, 0.5, lambda: self.backend.published_of(b"").newest)
         visit = self.backend.consumers
         assert visit is not None
         self.consumers = RedisConsumers(place, visit._visit, 10, "b1000000")

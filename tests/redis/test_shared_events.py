@@ -18,7 +18,7 @@ from servers import Binary, SentinelSetup, Server, StartServer, wait_until
 
 from scopestate import DeliveryFailure, Engine
 from scopestate.errors import EventLoopDetected, ReplyTimeout, StorageError
-from scopestate.persistence.redis.events import Arrivals
+from scopestate.persistence.redis.tail import Published, Tail
 
 SMALL_NODES = ("stream-node-max-entries 4",)
 """Redis trims whole nodes of a stream."""
@@ -722,17 +722,18 @@ def test_drain_right_after_a_flush_waits_for_what_was_written_behind_it(valkey: 
 def test_drain_waits_again_when_the_numbers_have_begun_anew_meanwhile() -> None:
     """Event 7 from before a flush is another one than event 7 from after it."""
     waited: list[tuple[int, int]] = []
-    adapter: Any = SimpleNamespace(published=7, latest=7)
+    reader: Any = SimpleNamespace(restarts=0, published=Published())
+    reader.published.note(7)
 
     def catch_up(number: int, restarts: int, timeout_s: float | None, *, look: bool) -> bool:
         waited.append((number, restarts))
         if len(waited) == 1:
-            adapter.reader.restarts, adapter.published = 1, 9
+            reader.restarts = 1
+            reader.published.note(9)
         return True
 
-    adapter.reader = SimpleNamespace(restarts=0, catch_up=catch_up)
-    nobody: Any = None
-    assert Arrivals(adapter, adapter.reader, nobody, nobody).catch_up(None)
+    reader.catch_up = catch_up
+    assert Tail.catch_up_own(reader, None)
     assert waited == [(7, 0), (9, 1)]
 
 
