@@ -122,10 +122,11 @@ def test_each_logger_of_the_source_has_its_line_and_no_other() -> None:
 def test_each_command_has_its_place_and_no_other() -> None:
     command = typer.main.get_command(app)
     assert isinstance(command, TyperGroup)
+    context = command.make_context("scopestate", [], resilient_parsing=True)
     groups = {"cache", "config", "store", "consumers", "dead-letters"}
     real = {name for name in command.commands if name not in groups}
     for name in groups:
-        group = command.commands[name]
+        _, group, _ = command.resolve_command(context, [name])
         assert isinstance(group, TyperGroup)
         real.update(f"{name} {inner}" for inner in group.commands)
 

@@ -10,9 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 import scopestate
-from scopestate.cli import cache, config, consumers, listing, start, state, store, top, watch
-from scopestate.cli.console import console
-from scopestate.cli.serve import serve
+from scopestate.cli.commands import OUTLINES, Outline
 from scopestate.cli.terminal import (
     EXIT_CODES,
     Exit,
@@ -26,6 +24,15 @@ from scopestate.cli.terminal import (
 
 class Commands(TyperGroup):
     """The commands. If the output of one cannot be written, the exit codes are the same for all."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands = {str(outline.name): outline for outline in OUTLINES}
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Import the command that is used."""
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command.load() if isinstance(command, Outline) else command, rest
 
     def make_context(self, info_name: Any, args: list[str], *more: Any, **extra: Any) -> Any:
         """Read the arguments. This is where help is printed."""
@@ -82,41 +89,6 @@ app = typer.Typer(
     cls=Commands,
 )
 
-_ENGINE = "A running engine"
-_FILES = "Files"
-
-app.command("serve")(serve)
-app.command("console", epilog=EXIT_CODES)(console)
-_NEGATIVE = {"ignore_unknown_options": True}
-"""For commands that take JSON, in which -5 is a number and not an option."""
-for _name, _function, _settings in (
-    ("get", state.get, {}),
-    ("set", state.set_, _NEGATIVE),
-    ("delete", state.delete, {}),
-    ("update", state.update, {}),
-    ("touch", state.touch, {}),
-    ("transaction", state.transaction, {}),
-    ("keys", state.keys, {}),
-    ("entries", state.entries, {}),
-    ("count", state.count, {}),
-    ("delete-range", state.delete_range, {}),
-    ("list", state.list_, {}),
-    ("list-groups", state.list_groups, {}),
-    ("call", state.call, _NEGATIVE),
-    ("watch", watch.watch, {}),
-    ("workers", listing.workers, {}),
-    ("functions", listing.functions, {}),
-    ("triggers", listing.triggers, {}),
-):
-    app.command(_name, rich_help_panel=_ENGINE, epilog=EXIT_CODES, context_settings=_settings)(_function)
-app.command("top", rich_help_panel=_ENGINE, epilog=EXIT_CODES)(top.top)
-app.add_typer(consumers.consumers, name="consumers", rich_help_panel=_ENGINE)
-app.add_typer(consumers.dead_letters, name="dead-letters", rich_help_panel=_ENGINE)
-app.add_typer(config.app, name="config", rich_help_panel=_FILES)
-app.add_typer(store.app, name="store", rich_help_panel=_FILES)
-app.add_typer(cache.app, name="cache", rich_help_panel=_FILES)
-app.command("completion")(start.completion)
-
 
 def _print_version(asked: bool) -> None:
     if asked:
@@ -134,7 +106,9 @@ def main_options(
 ) -> None:
     """Scoped key-value state: serve an engine, call or watch a running one, check configurations and stores."""
     if context.invoked_subcommand is None:
-        start.welcome()
+        from scopestate.cli.start import welcome  # noqa: PLC0415 - not needed by the commands
+
+        welcome()
 
 
 def main() -> None:

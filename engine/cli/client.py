@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import inspect
 import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Annotated, Any, Final, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple, TypeVar
 
 import typer
 
 from scopestate.cli.terminal import AsJson, Exit, errors_to_exit_codes, print_json
 from scopestate.errors import NotConnected, ScopestateError
 from scopestate.wire.address import DEFAULT_URL, Address
-from scopestate.wire.client import Client
 from scopestate.wire.options import ClientOptions
+
+if TYPE_CHECKING:
+    from scopestate.wire.client import Client
 
 T = TypeVar("T")
 
@@ -55,6 +56,8 @@ def with_client(
     on_trigger_refused: Callable[[ScopestateError], object] | None = None,
 ) -> T:
     """Connect, do `work`, disconnect. Errors end the program, and so do SIGINT, SIGTERM and SIGHUP."""
+    from scopestate.wire.client import Client  # noqa: PLC0415 - neither help nor completion needs it
+
     options = ClientOptions(
         name=f"{CLIENT_NAME}{os.getpid()}",
         connect_wait_s=min(CONNECT_WAIT_S, timeout_s),
@@ -87,6 +90,7 @@ def with_advice(error: NotConnected, client: Client, address: Address) -> NotCon
 
 def run_until_signal(work: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine. SIGINT, SIGTERM and SIGHUP cancel it; the program then ends with the code for that."""
+    import asyncio  # noqa: PLC0415 - as for `Client`
 
     async def main() -> T:
         task = asyncio.current_task()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import ssl
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +14,7 @@ import typer
 import yaml
 from rich.markup import escape
 
+from scopestate.cli.current_folder import import_from_here
 from scopestate.cli.terminal import AsJson, Exit, errors_to_exit_codes, json_of, out, shown, standard_error
 from scopestate.config import AdapterConfig, Config, KvOptions, ServerConfig, examine, load
 from scopestate.config.loader import Examined
@@ -152,12 +152,6 @@ def _placed(error: ConfigError, lines: Mapping[str, int | None], file: str | Non
     places = [line for path, line in lines.items() if tail and path.endswith(f".{tail}")]
     line = places[0] if places else lines.get("iii-worker-manager.config", lines.get("iii-worker-manager"))
     return ConfigError(error.problem, file=file, line=line, key=error.key)
-
-
-def import_from_here() -> None:
-    """Let `functions:` name modules in the current folder, as with `python -m`."""
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.insert(0, os.getcwd())
 
 
 def as_mapping(config: Config) -> dict[str, Any]:

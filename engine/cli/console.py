@@ -17,7 +17,7 @@ import msgspec
 import typer
 
 from scopestate.cli.client import CaFile, Token
-from scopestate.cli.config import import_from_here
+from scopestate.cli.current_folder import import_from_here
 from scopestate.cli.terminal import AsJson, errors_to_exit_codes, given_text, json_of, out, shown, standard_error
 from scopestate.config import load
 from scopestate.engine import Engine

@@ -9,15 +9,9 @@ import msgspec
 import typer
 
 from scopestate.cli.client import EngineAt
-from scopestate.cli.rules import names_config
-from scopestate.cli.store import directory_of
 from scopestate.cli.terminal import errors_to_exit_codes
-from scopestate.config import AdapterConfig, Config, KvOptions, load
-from scopestate.engine import Engine
-from scopestate.errors import ConfigError, NotConnected, StoreUnusable
-from scopestate.opening import open_for_tool
+from scopestate.errors import NotConnected
 from scopestate.paths import expand_home
-from scopestate.persistence.sharing.sockets import SOCKET_FILE
 from scopestate.wire.address import Address
 
 Store = Annotated[
@@ -48,12 +42,16 @@ def owner_of(engine: EngineAt, store: str | None) -> EngineAt:
     """
     if store is None:
         return engine
+    from scopestate.cli.store import directory_of  # noqa: PLC0415 - not needed for a running engine
+
     with errors_to_exit_codes(as_json=engine.as_json):
         return engine._replace(url=address_of_owner(directory_of(store)), token=None)
 
 
 def address_of_owner(directory: str) -> str:
     """Return the address at which the engine that has a directory open serves other processes. Raises NotConnected."""
+    from scopestate.persistence.sharing.sockets import SOCKET_FILE  # noqa: PLC0415 - as above
+
     place = os.path.realpath(expand_home(directory))
     socket_file = os.path.join(place, SOCKET_FILE)
     if not os.path.lexists(socket_file):
@@ -72,7 +70,11 @@ class Place(Protocol):
 
 def at(engine: EngineAt, store: str | None) -> Place:
     """Return the running engine, or the store if one is named."""
-    return _Running(engine) if store is None else _Files(engine, store)
+    if store is None:
+        return _Running(engine)
+    from scopestate.cli.opened import OpenedStore  # noqa: PLC0415 - an engine is slow to import
+
+    return OpenedStore(engine, store)
 
 
 class _Running:
@@ -82,35 +84,3 @@ class _Running:
     def call(self, function_id: str, asked: dict[str, Any]) -> Any:
         result = self._engine.call(function_id, msgspec.json.encode(asked))
         return None if result is None else msgspec.json.decode(result)
-
-
-class _Files:
-    """A store, opened for each call without the functions and triggers of its program."""
-
-    def __init__(self, engine: EngineAt, store: str) -> None:
-        self._engine = engine
-        self._store = store
-
-    def call(self, function_id: str, asked: dict[str, Any]) -> Any:
-        with errors_to_exit_codes(as_json=self._engine.as_json):
-            config = self._config()
-            config = msgspec.structs.replace(config, functions={}, triggers=())
-            with Engine(config, adapter=open_for_tool(config)) as engine:
-                return engine.call(function_id, asked)
-
-    def _config(self) -> Config:
-        """Return the configuration for the store. Raises StoreUnusable if there is none: an engine would create one."""
-        if names_config(self._store):
-            config = load(self._store)
-        else:
-            config = Config(AdapterConfig("kv", KvOptions("file_based", directory_of(self._store))))
-        options = config.adapter.config
-        if isinstance(options, KvOptions):
-            if options.store_method != "file_based":
-                raise ConfigError("this configuration has no file_based store", file=self._store)
-            directory = expand_home(options.file_path)
-            if not os.path.lexists(os.path.join(directory, "state.db")):
-                raise StoreUnusable(
-                    f"there is no store in {os.path.realpath(directory)}: it has no file state.db; nothing was made"
-                )
-        return config

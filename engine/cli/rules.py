@@ -10,7 +10,7 @@ import typer
 
 from scopestate.actors.ports import Row, ScopeChange
 from scopestate.actors.value_rules import Misfits, ValueRule
-from scopestate.cli.config import import_from_here
+from scopestate.cli.current_folder import import_from_here
 from scopestate.config import ScopeRule, load
 from scopestate.errors import SchemaViolation
 from scopestate.opening import value_rule_of

@@ -7,28 +7,22 @@ import logging
 import os
 import signal
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
 import typer
-from rich.console import Console
-from rich.live import Live
-from rich.logging import RichHandler
-from rich.table import Table
-from rich.text import Text
 
-from scopestate.cli.config import import_from_here
-from scopestate.cli.terminal import AsJson, errors_to_exit_codes, json_of, out, shown, standard_error
-from scopestate.config import Config
+from scopestate.cli.current_folder import import_from_here
+from scopestate.cli.terminal import AsJson, errors_to_exit_codes, json_of, note, out, shown
 from scopestate.errors import ConfigError
-from scopestate.server.server import Server
 from scopestate.signals import SignalPipe
 
-REFRESH_S = 1.0
+if TYPE_CHECKING:
+    from scopestate.config import Config
+    from scopestate.server.server import Server
 
 _LISTEN_HINTS = {
     errno.EADDRINUSE: "; is another engine running there? `--port 0` takes a free port",
@@ -55,10 +49,11 @@ def serve(
     It then ends gracefully: fired events reach their handlers, and everything is saved. A second signal ends it at
     once. Changes of the file apply while it runs. With --json, a line of JSON on standard output says where it listens.
     """
-    console = standard_error()
+    from scopestate.server.server import Server  # noqa: PLC0415 - not needed for help and completion
+
     import_from_here()
-    signals = _Signals()
-    with _logs_to(console, log_level), errors_to_exit_codes(as_json=as_json), signals.caught():
+    signals, screen = _Signals(), _screen()
+    with _logs_to(screen.log_handler(), log_level), errors_to_exit_codes(as_json=as_json), signals.caught():
         server = Server.from_config(config, host=host, port=port, handle_sigterm=False)
         try:
             try:
@@ -66,14 +61,64 @@ def serve(
             except OSError as error:
                 hint = _LISTEN_HINTS.get(error.errno or 0, "")
                 raise ConfigError(f"{error.strerror or error}{hint}") from error
-            _announce(server, console, as_json=as_json)
-            _wait(server, signals, console)
-            console.print(
-                f"stopping: events are delivered{', then everything is saved' if _keeps(server) else ''}", style="dim"
-            )
+            _announce(server, screen, as_json=as_json)
+            screen.wait(server, signals.came)
+            screen.say(f"stopping: events are delivered{', then everything is saved' if _keeps(server) else ''}")
         finally:
             server.stop()
-        console.print("stopped, everything is saved" if _keeps(server) else "stopped", style="dim")
+        screen.say("stopped, everything is saved" if _keeps(server) else "stopped")
+
+
+class Screen(Protocol):
+    """What standard error shows while a server runs."""
+
+    def log_handler(self) -> logging.Handler:
+        """Return the handler that shows the log."""
+
+    def announce(self, url: str, facts: Sequence[tuple[str, str]]) -> None:
+        """Show where the server listens, and more about it."""
+
+    def say(self, text: str) -> None:
+        """Show a line."""
+
+    def wait(self, server: Server, came: Callable[[float | None], bool]) -> None:
+        """Return when a signal has come; `came` waits for one, for some seconds."""
+
+
+class Lines:
+    """The screen of a server whose standard error is a file or a pipe: plain lines, without rich and its memory."""
+
+    def log_handler(self) -> logging.Handler:
+        """Return the handler that shows the log."""
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(SafeFormatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
+        return handler
+
+    def announce(self, url: str, facts: Sequence[tuple[str, str]]) -> None:
+        """Print a line for each fact."""
+        rows = [("scopestate", url), *facts]
+        width = max(len(name) for name, _ in rows)
+        for name, text in rows:
+            note(f"{name:<{width}}  {shown(text)}")
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        note(text)
+
+    def wait(self, server: Server, came: Callable[[float | None], bool]) -> None:
+        """Return when a signal has come."""
+        while not came(None):
+            pass
+
+
+def _screen() -> Screen:
+    if sys.stderr is None or not (
+        sys.stderr.isatty() or os.environ.get("FORCE_COLOR") or os.environ.get("TTY_COMPATIBLE") == "1"
+    ):
+        return Lines()
+    from scopestate.cli.serve_screen import TerminalScreen  # noqa: PLC0415 - rich is slow to import
+
+    return TerminalScreen()
 
 
 class _Signals:
@@ -110,55 +155,7 @@ class _Signals:
             os._exit(128 + number)
 
 
-def _wait(server: Server, signals: _Signals, console: Console) -> None:
-    """Wait for a signal. On a terminal, show a status line until then."""
-    if not console.is_terminal:
-        while not signals.came():
-            pass
-        return
-    line = StatusLine(server)
-    # No spinner: redrawing many times a second would cost a server too much.
-    with Live(line.text(), console=console, auto_refresh=False, transient=True) as live:
-        while True:
-            live.update(line.text(), refresh=True)
-            if signals.came(REFRESH_S):
-                return
-
-
-class StatusLine:
-    """The status line of a server: `up 0:02:10 | 3 workers | 1,200 calls/s | ...`, with problems first."""
-
-    def __init__(self, server: Server, clock: Any = time.monotonic) -> None:
-        self._server = server
-        self._clock = clock
-        self._began = self._last = clock()
-        self._calls = 0
-
-    def text(self) -> Text:
-        """Return the current line. The rate is that since the previous line."""
-        now, status, stats = self._clock(), self._server.status(), self._server.engine.stats()
-        calls = status.calls + sum(stats.calls.values())
-        rate = (calls - self._calls) / (now - self._last) if now > self._last else 0.0
-        self._calls, self._last = calls, now
-        minutes, seconds = divmod(int(now - self._began), 60)
-        parts = [
-            f"up {minutes // 60}:{minutes % 60:02}:{seconds:02}",
-            f"{status.workers} workers",
-            f"{rate:,.0f} calls/s",
-            f"{status.functions} functions",
-            f"{status.triggers} triggers",
-            f"{stats.scopes:,} scopes, {stats.keys:,} keys in memory",
-        ]
-        if stats.unsaved_scopes:
-            parts.append(f"{stats.unsaved_scopes} scopes to save")
-        line = Text(no_wrap=True, overflow="ellipsis")
-        problems = self._server.engine.health().problems
-        if problems:
-            line.append(shown(f"{'; '.join(problems)} | ", keep=""), style="bold red")
-        return line.append(" | ".join(parts))
-
-
-def _announce(server: Server, console: Console, *, as_json: bool) -> None:
+def _announce(server: Server, screen: Screen, *, as_json: bool) -> None:
     config = server.engine._parts.config
     if as_json:
         facts = {
@@ -169,17 +166,14 @@ def _announce(server: Server, console: Console, *, as_json: bool) -> None:
         }
         out(json_of(facts))
         return
-    table = Table.grid(padding=(0, 2))
-    table.add_row("[bold]scopestate[/]", f"[bold green]{server.url}[/]")
-    for name, text in (
+    facts_shown = (
         ("config", config.source or "none: defaults"),
         ("state", config.adapter.config.described()),
         ("functions", _count(config)),
         ("access", describe_access(server)),
         ("process", f"{os.getpid()}; Ctrl-C or SIGTERM stops it"),
-    ):
-        table.add_row(f"[dim]{name}[/]", console.render_str(text, markup=False))
-    console.print(table)
+    )
+    screen.announce(server.url, facts_shown)
 
 
 def describe_access(server: Server) -> str:
@@ -201,7 +195,7 @@ def _keeps(server: Server) -> bool:
     return server.engine._parts.backend.keeps
 
 
-class _Shown(logging.Formatter):
+class SafeFormatter(logging.Formatter):
     """Escapes control characters: the log contains names and texts of workers, which must not control the terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -209,15 +203,8 @@ class _Shown(logging.Formatter):
 
 
 @contextmanager
-def _logs_to(console: Console, level: str) -> Iterator[None]:
-    """Show the log on standard error while the block runs."""
-    handler: logging.Handler
-    if console.is_terminal:
-        handler = RichHandler(console=console, show_path=False, markup=False)
-        handler.setFormatter(_Shown("%(message)s", "[%X]"))
-    else:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(_Shown("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
+def _logs_to(handler: logging.Handler, level: str) -> Iterator[None]:
+    """Show the log while the block runs."""
     root, websockets = logging.getLogger(), logging.getLogger("websockets")
     before = root.level, websockets.level
     root.addHandler(handler)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import msgspec
 import typer
@@ -21,8 +21,9 @@ from scopestate.cli.terminal import (
     standard_error,
 )
 from scopestate.errors import DeserializationError
-from scopestate.ops.writes import asked_deadline
-from scopestate.wire.client import Client
+
+if TYPE_CHECKING:
+    from scopestate.wire.client import Client
 
 Scope = Annotated[str, typer.Argument(help="Name of the scope.")]
 Key = Annotated[str, typer.Argument(help="Name of the key.")]
@@ -489,6 +490,8 @@ def _deadline(ttl: float | None, expires_at: str | None, *, keep_ttl: bool = Fal
         raise typer.BadParameter("give one of --ttl, --expires-at and --keep-ttl")
     if keep_ttl:
         return {"keep_ttl": True}
+    from scopestate.ops.writes import asked_deadline  # noqa: PLC0415 - not needed by most calls
+
     deadline = asked_deadline(ttl, None if expires_at is None else _moment(expires_at))
     asked = {"ttl_ms": deadline.ttl_ms, "expires_at": deadline.expires_ms}
     return {name: number for name, number in asked.items() if number is not None}

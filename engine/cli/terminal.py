@@ -10,13 +10,10 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from enum import IntEnum
-from typing import Annotated, Any, Final, NoReturn, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn, TextIO
 
 import msgspec
 import typer
-from rich.console import Console
-from rich.highlighter import JSONHighlighter
-from rich.markup import escape
 
 from scopestate.errors import (
     CallTimeout,
@@ -32,6 +29,9 @@ from scopestate.errors import (
     StorageError,
 )
 from scopestate.ops.values import parse
+
+if TYPE_CHECKING:
+    from scopestate.cli.notes import Notes
 
 AsJson = Annotated[bool, typer.Option("--json", help="One line of JSON, for programs; errors too.")]
 
@@ -64,25 +64,10 @@ as the write expected it, 8 a watch cannot go on from its cursor, 130 interrupte
 """
 
 
-class Notes(Console):
-    """Standard error. Failing to write to it does not end a command: results go to standard output."""
-
-    def __init__(self) -> None:
-        super().__init__(stderr=True, highlight=False, soft_wrap=True)
-
-    def print(self, *objects: Any, **options: Any) -> None:
-        """As `Console.print`, but errors of writing are ignored."""
-        with suppress(OSError):
-            super().print(*objects, **options)
-
-    def on_broken_pipe(self) -> None:
-        """Print nothing more, as the reader is gone."""
-        self.quiet = True
-        _let_go(sys.stderr)
-
-
 def standard_error() -> Notes:
     """Return the console for everything that is not the result."""
+    from scopestate.cli.notes import Notes  # noqa: PLC0415 - rich is slow to import, and most commands print no notes
+
     return Notes()
 
 
@@ -157,14 +142,14 @@ def standard_output() -> Iterator[Callable[[bytes], object]]:
         yield stream.buffer.write
         stream.buffer.flush()
     except BrokenPipeError as error:
-        _let_go(stream)
+        let_go(stream)
         raise ReaderGone from error
     except OSError as error:
-        _let_go(stream)
+        let_go(stream)
         raise StorageError(f"standard output cannot be written: {error.strerror or error}") from error
 
 
-def _let_go(stream: TextIO) -> None:
+def let_go(stream: TextIO) -> None:
     """Redirect a failed stream to the null device. Otherwise the interpreter reports its unwritten buffer at exit."""
     with suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -174,6 +159,8 @@ def _let_go(stream: TextIO) -> None:
 
 def print_rich(*objects: Any) -> None:
     """Print `objects`, rendered by rich, as the result. Raises as `out`."""
+    from rich.console import Console  # noqa: PLC0415 - as for `standard_error`
+
     console = Console(highlight=False, soft_wrap=True)
     with console.capture() as capture:
         console.print(*objects)
@@ -183,6 +170,8 @@ def print_rich(*objects: Any) -> None:
 def print_json(data: bytes, *, as_json: bool) -> None:
     """Print JSON: indented and coloured on a terminal, otherwise on one line."""
     if sys.stdout and sys.stdout.isatty() and not as_json:
+        from rich.highlighter import JSONHighlighter  # noqa: PLC0415 - as for `standard_error`
+
         print_rich(JSONHighlighter()(json_text(msgspec.json.format(data, indent=2))))
     else:
         out(json_text(data))
@@ -266,6 +255,8 @@ def fail(error: ScopestateError, *, as_json: bool) -> NoReturn:
 
 def print_error(text: str, code: str | None = None) -> None:
     """Print an error as every command does: `scopestate: error: what, where, what to do (CODE)`."""
+    from rich.markup import escape  # noqa: PLC0415 - as for `standard_error`
+
     behind = "" if code is None else f" [dim]({escape(shown(code))})[/]"
     standard_error().print(f"scopestate: [bold red]error[/]: {escape(shown(text))}{behind}")
 
@@ -285,9 +276,14 @@ def usage_error(error: Any, *, as_json: bool) -> NoReturn:
 
 def note_json(facts: dict[str, Any]) -> None:
     """Print a line of JSON to standard error; errors of writing are ignored."""
+    note(json_of(facts))
+
+
+def note(text: str) -> None:
+    """Print a line to standard error; errors of writing are ignored."""
     with suppress(OSError):
         if sys.stderr is not None:
-            sys.stderr.write(f"{json_of(facts)}\n")
+            sys.stderr.write(f"{text}\n")
             sys.stderr.flush()
 
 

@@ -17,7 +17,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from scopestate import Engine
-from scopestate.cli.serve import StatusLine
+from scopestate.cli.serve_screen import StatusLine
 from scopestate.config import AdapterConfig, BridgeOptions, KvOptions
 from scopestate.server.server import Server
 
@@ -229,6 +229,19 @@ def test_the_status_line_counts_by_the_clock(engine: Engine) -> None:
     assert "1 scopes, 1 keys in memory" in text
     assert "up 0:00:02" in text
     assert "to save" not in text
+
+
+def test_the_status_line_counts_calls_of_workers_once(engine: Engine, cli: Run) -> None:
+    now = [100.0]
+    with Server(engine, port=0) as server:
+        line = StatusLine(server, clock=lambda: now[0])
+        line.text()
+        now[0] += 2.0
+        for call in (("set", "s", "k", "1"), ("get", "s", "k"), ("call", "state::list_groups"), ("count", "s")):
+            assert cli(*call, "--url", server.url).code == 0
+        text = line.text().plain
+
+    assert "| 2 calls/s | 4 calls/s of workers |" in text  # each command says who it is, too
 
 
 def test_the_status_line_says_what_is_not_saved_yet(cli: Run, tmp_path: Path) -> None:
