@@ -185,17 +185,23 @@ class Feed:
         self.begin_anew(store_id, epoch, position, "")
 
     @exclusive
-    def begin_anew(self, store_id: str, epoch: int, position: int, why: str) -> None:
-        """Continue after this position; the changes before it are not complete. Watches end with the reason."""
+    def begin_anew(
+        self, store_id: str, epoch: int, position: int, why: str, concerns: Callable[[str], bool] = lambda scope: True
+    ) -> None:
+        """Continue after this position; the changes before it are not complete. Watches end with the reason.
+
+        `concerns` returns whether changes of a scope are missing; a watch of one scope without missing changes goes on.
+        """
         self.store_id, self.epoch, self.position = store_id, epoch, position
         self.cursors = ManyCursors(store_id, epoch)
         self._ring.clear()
         self._ring_bytes = 0
         self._floor = self._shown = position
         self._interests.begin_at(position)
-        watchers = self.watchers()
-        self._scopes.clear()
-        self._behind.clear()
+        watchers = [watcher for watcher in self.watchers() if watcher.scope is None or concerns(watcher.scope)]
+        for scope in [name for name in self._scopes if concerns(name)]:
+            del self._scopes[scope]
+            self._behind.pop(scope, None)
         for watcher in watchers if why else ():
             watcher.broken = why
         deliver_to(watchers)

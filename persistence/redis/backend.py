@@ -7,9 +7,10 @@ import os
 import re
 import secrets
 import socket
+import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
@@ -25,11 +26,12 @@ from scopestate.persistence.connections.pump import Deliver, Means
 from scopestate.persistence.redis import sidecar
 from scopestate.persistence.redis.cluster import Clustered, slots_of
 from scopestate.persistence.redis.cluster_events import ClusterReader
+from scopestate.persistence.redis.cluster_history import ClusterHistory
 from scopestate.persistence.redis.connection import Connection, Refusal
 from scopestate.persistence.redis.consumers import RedisConsumers
 from scopestate.persistence.redis.dialling import Server, traits
 from scopestate.persistence.redis.events import Reader
-from scopestate.persistence.redis.history import Life, StreamHistory
+from scopestate.persistence.redis.history import Life, StreamHistory, read_life, store_key
 from scopestate.persistence.redis.numbered import NumberedShape
 from scopestate.persistence.redis.options import RedisOptions
 from scopestate.persistence.redis.port import Place
@@ -37,6 +39,9 @@ from scopestate.persistence.redis.scope import RedisScope
 from scopestate.persistence.redis.script import Shape, explain, keys_of, with_source
 from scopestate.persistence.redis.servers import Servers, Single, Watched
 from scopestate.persistence.redis.tail import Published
+
+if TYPE_CHECKING:
+    from scopestate.actors.feed import Feed
 
 log = logging.getLogger("scopestate.persistence.redis")
 
@@ -128,23 +133,27 @@ class RedisBackend(Backend):
             self._around = around
             around.dispatcher.submit(self._find_due)
         if self.reader is not None:
-            arrivals = self.reader.outlet_to(self, around.router)
             if self.unwatchable is None:
-                assert isinstance(self.reader, Reader)  # else it is unwatchable
-                life = self.reader.life
-                past = StreamHistory(self.shape, lambda: self._visit(self._servers.primaries()[0], "a watch"))
-                around.router.feed.connect_elsewhere(
-                    self.store_of(life), past, life.epoch, life.base + self.reader.number
-                )
-                self.catch_up = self._catch_up
-            self.arrivals = arrivals
-            self.reader.start(arrivals)
+                self._feed(self.reader, around.router.feed)
+            self.arrivals = self.reader.start(self, around.router)
         if self.durable is not None:
             around.dispatcher.submit(self.durable.look_after_others)
 
+    def _feed(self, reader: Reader | ClusterReader, feed: Feed) -> None:
+        """Have watches get the events of all engines."""
+        past: StreamHistory | ClusterHistory
+        if isinstance(reader, ClusterReader):
+            past = ClusterHistory(self.shape, lambda key: self._visit(self._servers.server_of(key), "a watch"))
+            # The cursors of many scopes are of use in this engine only.
+            feed.connect_elsewhere(self.store_of(reader.life), past, time.time_ns() // 1000, 0)
+            self.catch_up = self._catch_up_in_cluster
+        else:
+            life = reader.life
+            past = StreamHistory(self.shape, lambda: self._visit(self._servers.primaries()[0], "a watch"))
+            feed.connect_elsewhere(self.store_of(life), past, life.epoch, life.base + reader.number)
+            self.catch_up = self._catch_up
+
     def _why_unwatchable(self) -> str | None:
-        if isinstance(self._servers, Clustered):
-            return "it is a cluster, in which each slot has a stream of its own"
         if not self.shares_events:
             return "changes by other engines do not reach this one: write `events: shared`"
         return None if self.shape.numbers else "this Redis is without revisions (`revisions: false`)"
@@ -163,6 +172,15 @@ class RedisBackend(Backend):
         if not reader.catch_up(counted, restarts, self._options.call_timeout_s, look=False):
             raise StorageError(
                 f"the events of Redis at {server.address} did not arrive within call_timeout_ms: a watch cannot begin"
+            )
+
+    def _catch_up_in_cluster(self) -> None:
+        """As `_catch_up`, for the servers that can be reached."""
+        assert isinstance(self.reader, ClusterReader)  # else it is no cluster
+        silent = self.reader.catch_up(self._options.call_timeout_s)
+        if silent is not None:
+            raise StorageError(
+                f"the events of Redis at {silent} did not arrive within call_timeout_ms: a watch cannot begin"
             )
 
     def _find_due(self) -> None:
@@ -336,7 +354,7 @@ class RedisBackend(Backend):
     def _open_reader(self, options: RedisOptions) -> Reader | ClusterReader:
         reader: Reader | ClusterReader
         if isinstance(self._servers, Clustered):
-            reader = ClusterReader(self._servers, options, self.shape)
+            reader = ClusterReader(self._servers, options, self.shape, self._life_of_cluster)
         else:
             reader = Reader(self._servers.primaries()[0], options, self.shape, Published())
         try:
@@ -348,6 +366,12 @@ class RedisBackend(Backend):
             self._servers.close()
             raise
         return reader
+
+    def _life_of_cluster(self) -> Life:
+        """Return the life of all databases of a cluster. Raises StorageError."""
+        server = self._servers.server_of(store_key(self.shape).encode())
+        with self._visit(server, "reading the name of the store") as connection:
+            return read_life(connection, self.shape)
 
     def _make_consumers(self, options: RedisOptions) -> RedisConsumers:
         target = self._servers.primaries()[0]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from redis.crc import key_slot
@@ -66,7 +67,7 @@ class SlotTail(Tail):
         self._streams.have_checked(self.slot)
 
     def _begin_feed_anew(self, life: Life, number: int, why: str) -> None:
-        self._streams.outlet.begin_anew(life, number, why)
+        self._streams.outlet.lose(self.slot, why)
 
     # ------------------------------------------------------------------------------------- for the thread that reads
 
@@ -135,6 +136,7 @@ class ClusterArrivals(Arrivals):
 
     def __init__(self, adapter: RedisBackend, reader: ClusterReader, router: EventRouter) -> None:
         super().__init__(adapter, reader, router)
+        self._shape = reader.shape
         self._exclusive = threading.Lock()
         """Only threads of readers come here."""
 
@@ -148,21 +150,33 @@ class ClusterArrivals(Arrivals):
             position = feed.position + 1
             feed.arrive(event.scope, position, lambda: state_event_of(entry_id, fields, position - event.number))
 
-    def begin_anew(self, life: Life, number: int, why: str) -> None:
+    def lose(self, slot: int, why: str) -> None:
+        """Changes of the scopes in a slot are missing: their watches, and those of many scopes, end with the reason."""
+        shape = self._shape
         with self._exclusive:
             feed = self._router.feed
-            feed.begin_anew(feed.store_id, feed.epoch, feed.position + 1, why)
+            feed.begin_anew(
+                feed.store_id,
+                feed.epoch,
+                feed.position + 1,
+                why,
+                lambda scope: key_slot(shape.key_of(scope)) == slot,
+            )
 
 
 class ClusterReader:
     """Reads the streams of all slots: `open`, `start`, `stop`, in this order."""
 
-    def __init__(self, servers: Clustered, options: RedisOptions, shape: Shape) -> None:
+    def __init__(self, servers: Clustered, options: RedisOptions, shape: Shape, read_life: Callable[[], Life]) -> None:
+        """`read_life` returns the life of the whole cluster, and raises StorageError."""
+        self.life = Life("", 0, 0)
+        """Which cluster this reads; known once it is open."""
+        self._read_life = read_life
         self.servers = servers
         self.options = options
         self.shape = shape
         self.losses = Losses()
-        self.outlet: Arrivals
+        self.outlet: ClusterArrivals
         assert shape.by_slot is not None  # it is that of a cluster
         self.keys = shape.by_slot
         """The stream of each slot, its counter and its limit."""
@@ -201,16 +215,18 @@ class ClusterReader:
                 log.warning("%s; its events are read once it can be reached", error)
         if len(problems) == len(self._nodes):
             raise NotConnected("; ".join(problems))
+        self.life = self._read_life()
 
-    def start(self, outlet: Arrivals) -> None:
-        """Start reading."""
-        self.outlet = outlet
+    def start(self, adapter: RedisBackend, router: EventRouter) -> Arrivals:
+        """Start reading, and return what gives the events to the router."""
+        self.outlet = ClusterArrivals(adapter, self, router)
         with self._changing:
             self._started = True
             for node in self._nodes.values():
                 node.start()
         for slot in list(self.unread):
             self.hand_over(slot)  # one that has moved since
+        return self.outlet
 
     def stop(self) -> None:
         """Stop reading: nothing is published after this has returned. Idempotent."""
@@ -225,10 +241,6 @@ class ClusterReader:
             node.stop()
         for tail in list(self.tails.values()):
             tail.tell_all()
-
-    def outlet_to(self, adapter: RedisBackend, router: EventRouter) -> Arrivals:
-        """Return what gives the events to the router, for `start`."""
-        return ClusterArrivals(adapter, self, router)
 
     @property
     def is_over(self) -> bool:

@@ -163,14 +163,11 @@ class Reader(ReadingThreads, Tail):
         connection.wait_at_most(self._patience_s)
         self._connection = connection
 
-    def start(self, outlet: Arrivals) -> None:
-        """Start reading."""
-        self._arrivals = outlet
+    def start(self, adapter: RedisBackend, router: EventRouter) -> Arrivals:
+        """Start reading, and return what gives the events to the router."""
+        self._arrivals = Arrivals(adapter, self, router)
         self._start_threads()
-
-    def outlet_to(self, adapter: RedisBackend, router: EventRouter) -> Arrivals:
-        """Return what gives the events to the router, for `start`."""
-        return Arrivals(adapter, self, router)
+        return self._arrivals
 
     def published_of(self, hash_key: bytes) -> Published:
         """Return what this engine has published for a scope: all scopes have one stream here."""

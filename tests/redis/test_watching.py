@@ -209,7 +209,7 @@ def test_what_cannot_be_watched_is_refused_by_name(valkey: Server, engines: Engi
     with pytest.raises(Unsupported, match="revisions: false"):
         plain.watch("s")
     clustered = engines.open(cluster.nodes[0], events="local", revisions=True)
-    with pytest.raises(Unsupported, match="cluster"):
+    with pytest.raises(Unsupported, match="events: shared"):
         clustered.watch("s")
 
 
