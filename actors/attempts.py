@@ -96,7 +96,7 @@ class Attempts(TurnActor):
                 run.passing = problem
             else:
                 self._note("failed")
-                log.exception("a delivery of %s broke off", self.name)
+                log.exception("a delivery of %s failed unexpectedly", self.name)
         return None
 
     async def _deliver(self, run: Run, trigger: Trigger) -> None:
@@ -211,7 +211,7 @@ class Attempts(TurnActor):
             return await self._on_loop(run, function_id, result)
         if is_unrun(result):
             raise TypeError(
-                f"function {function_id!r} returned a {class_name(result)}, whose code has not run and never would: "
+                f"function {function_id!r} returned a {class_name(result)}, whose code has not run and never will: "
                 "return a value or a coroutine"
             )
         return result

@@ -50,7 +50,7 @@ def run_callback(name: str, scope: str, function: Callable[[Any], Any], argument
         took_s = monotonic() - began
         if took_s > LONG_S:
             what = f"the function of a {name}" if name in _METHODS else name
-            log.warning("%s on scope %r took %.2f s: others waited", what, scope, took_s)
+            log.warning("%s on scope %r took %.2f s: other calls waited", what, scope, took_s)
 
 
 def refuse_in_callback() -> None:

@@ -482,7 +482,7 @@ class JournalConsumer(ConsumerPort):
         """Note that it is paused, or not."""
         if why is None and self.trimmed:
             log.error(
-                "consumer %r goes on; the journal was full, and it has lost %d events that were trimmed",
+                "consumer %r continues; the journal was full, and %d of its events were trimmed",
                 self.name,
                 self.trimmed,
             )

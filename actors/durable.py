@@ -62,7 +62,7 @@ class CutOff(Exception):
 
     def __init__(self, attempts: int) -> None:
         super().__init__(
-            f"the process has ended, or was killed, in the last attempt of {attempts}: the handler may be what ends it"
+            f"the process ended or was killed during the last attempt of {attempts}: the handler may be the cause"
         )
 
 
@@ -500,7 +500,7 @@ class DurableHandler(HandlerActor):
         try:
             found = self.port.fetch(FETCHED)
         except StorageError as error:
-            log.error("consumer %r: reading events failed, it is tried again: %s", self.port.name, error)  # noqa: TRY400 - the text says it all
+            log.error("consumer %r: reading events failed and will be retried: %s", self.port.name, error)  # noqa: TRY400 - the text says it all
             self._dispatcher.call_later(TROUBLE_S, weakly(self.wake_up))
             return False
         if self._lost:
@@ -607,7 +607,7 @@ class DurableHandler(HandlerActor):
                 [(one.event.position, attempt.number) for attempt in attempts for one in members_of(attempt.item)]
             )
         except StorageError as error:
-            log.error("consumer %r: an attempt could not be noted, so it waits: %s", self.port.name, error)  # noqa: TRY400 - the text says it all
+            log.error("consumer %r: an attempt could not be recorded, so it waits: %s", self.port.name, error)  # noqa: TRY400 - the text says it all
             return False
         now_ms = self._clock.now_ms()
         for attempt in attempts:
@@ -767,7 +767,7 @@ class DurableHandler(HandlerActor):
             if is_unrun(result):
                 raise TypeError(
                     f"function {function_id!r} returned a {class_name(result)}, whose code has not run and never "
-                    "would: return a value or a coroutine"
+                    "will: return a value or a coroutine"
                 )
             return result
         services = self._services
@@ -911,7 +911,7 @@ class DurableHandler(HandlerActor):
         try:
             self.port.pause(why)
         except StorageError as error:
-            log.error("noting that consumer %r is paused failed: %s", self.port.name, error)  # noqa: TRY400 - the text says it all
+            log.error("could not record that consumer %r is paused: %s", self.port.name, error)  # noqa: TRY400 - the text says it all
         self._take_back(attempt)
 
     def _conclude(self, attempt: Attempt, outcome: Outcome, counted: Counted) -> None:

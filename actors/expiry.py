@@ -155,7 +155,7 @@ class ExpiryActor(TurnActor):
         """Return what stands in the way of removing keys, for `Health.problems`."""
         now_ms = self._clock.now_ms()
         found = [
-            f"expired keys of scope {scope!r} are not removed, which is tried again: {refused.problem}"
+            f"expired keys of scope {scope!r} could not be removed and will be retried: {refused.problem}"
             for scope, refused in list(self._refused.items())
             if now_ms - refused.since_ms > OVERDUE_MS
         ][:10]
@@ -164,7 +164,7 @@ class ExpiryActor(TurnActor):
             found.append(f"keys that expired {late_ms / 1000:.0f} s ago are not removed yet; reads do not see them")
         if self._next and (ahead_ms := self._clock.ahead_ms()) > AHEAD_MS:
             found.append(
-                f"the time of day was set back: deadlines go by a clock that is {ahead_ms / 1000:.0f} s ahead of it"
+                f"the time of day was set back: deadlines follow a clock that is {ahead_ms / 1000:.0f} s ahead of it"
             )
         return found
 
@@ -200,7 +200,7 @@ class ExpiryActor(TurnActor):
         try:
             due = self._store.due(sys.maxsize)
         except StorageError as error:
-            log.error("the store does not tell which keys have expired, and is asked again: %s", error)  # noqa: TRY400 - the text says it all
+            log.error("could not read from the store which keys have expired; this will be retried: %s", error)  # noqa: TRY400 - the text says it all
             self._dispatcher.call_later(LONGEST_PAUSE_S, weakly(self._begin_again))
             return
         for ms, scope in due:
@@ -312,7 +312,7 @@ class ExpiryActor(TurnActor):
         refused = self._refused.get(asked.scope)
         if refused is None:
             refused = self._refused[asked.scope] = _Refused(self._clock.now_ms())
-            log.warning("expired keys of scope %r are not removed, which is tried again: %s", asked.scope, problem)
+            log.warning("expired keys of scope %r could not be removed and will be retried: %s", asked.scope, problem)
         # Fewer keys at a time: those before the one that is refused are removed.
         refused.problem, refused.limit = problem, max(1, asked.limit // 2)
         longest_s = FULL_PAUSE_S if full else LONGEST_PAUSE_S

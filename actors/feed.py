@@ -622,7 +622,7 @@ class Feed:
         if events:
             self._exclusive.run(self._count_saved, events)
         for callback in self._committed:
-            contained(lambda callback=callback: callback(events), "telling of saved changes", log)  # type: ignore[misc]  # mypy cannot infer a default argument
+            contained(lambda callback=callback: callback(events), "reporting saved changes", log)  # type: ignore[misc]  # mypy cannot infer a default argument
 
     def _count_saved(self, events: Collection[StateEvent]) -> None:
         if not self._unsaved:

@@ -307,7 +307,7 @@ class OnLoop:
             value, error = None, Overdue(f"not done within {self.timeout_s:g} s")
         if not self.has_begun:
             self._drop()  # if the loop runs again later, it finds the call settled
-        contained(lambda: go_on(value, error), f"going on after {self.what}", log)
+        contained(lambda: go_on(value, error), f"continuing after {self.what}", log)
 
     def _drop(self) -> None:
         """Close what never began: otherwise Python warns that it was never awaited."""
@@ -381,8 +381,8 @@ class LoopThread:
         if self._take(loop)[0] is None:
             return
         log.error(
-            "the engine's event loop is blocked by a coroutine that does not give way; it is given up, and a new one "
-            "serves what comes next"
+            "the engine's event loop is blocked by a coroutine that never yields; it is abandoned, and a new one "
+            "runs all further calls"
         )
         self._end(loop)
 
@@ -432,7 +432,8 @@ class LoopThread:
             loop.run_forever()
         except BaseException as error:
             log.exception(
-                "%s got out of a task or callback on the engine's event loop, which runs on", type(error).__name__
+                "%s escaped from a task or callback on the engine's event loop, which keeps running",
+                type(error).__name__,
             )
 
 

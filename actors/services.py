@@ -81,7 +81,7 @@ class Reporter(TurnActor):
             report(failure)
         finally:
             if left_out := self._is_done(size_of(failure.event)):
-                log.error("%d failed deliveries were not reported: the hooks, or the log, were behind", left_out)
+                log.error("%d failed deliveries were not reported: the hooks or the log were too slow", left_out)
 
     def _fail(self) -> None:
         log.error("reporting a failed delivery failed", exc_info=sys.exc_info()[1])

@@ -50,8 +50,8 @@ def selects_alike(one: Trigger, other: Trigger) -> bool:
 def standing_by(consumer: str) -> str:
     """Return the text that says that an engine's trigger gets no events, because a newer one has other filters."""
     return (
-        f"the trigger of consumer {consumer!r} here stands by: another process has registered the name later, with "
-        "other filters or another order, and those count"
+        f"the trigger of consumer {consumer!r} here stands by: another process has registered the name later, "
+        "with other filters or another order, which apply now"
     )
 
 

@@ -306,7 +306,7 @@ class SnapshotActor(TurnActor):
         try:
             self._save()
         except StorageError:
-            log.debug("save failed; it is tried again", exc_info=True)  # `_write` has logged it at ERROR
+            log.debug("save failed and will be retried", exc_info=True)  # `_write` has logged it at ERROR
             return False
         return True
 
@@ -329,7 +329,7 @@ class SnapshotActor(TurnActor):
             else:
                 self._save_acks()
         except StorageError:
-            log.debug("save failed; it is tried again", exc_info=True)  # `_write` has logged it at ERROR
+            log.debug("save failed and will be retried", exc_info=True)  # `_write` has logged it at ERROR
             self._try_again_soon()
 
     def _try_again_soon(self) -> None:
@@ -364,7 +364,7 @@ class SnapshotActor(TurnActor):
                 store.journal.trim()
         except StorageError as error:
             if self.failing is None:  # else `_write` has logged it at ERROR
-                log.warning("the journal was not tidied, which is tried again: %s", error)
+                log.warning("the journal could not be trimmed; this will be retried: %s", error)
 
     def _save(self, scopes: Iterable[str] | None = None) -> None:
         """Save what earlier saves have left, and what is dirty. If that fails, keep all of it and raise StorageError.
@@ -503,7 +503,9 @@ class SnapshotActor(TurnActor):
         if taking is not None:
             self.committing.setdefault(taking.scope, taking)
         self.commit_anyway()
-        error = StorageError(f"the commit broke off ({why}); it may have been written: read the key before retrying")
+        error = StorageError(
+            f"the commit was interrupted ({why}); it may have been written: read the key before retrying"
+        )
         for batch in batches:
             outcomes = batch.roll_back(error)
             deliver([outcome for outcome in outcomes if not getattr(outcome[0], "done", False)])

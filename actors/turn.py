@@ -276,7 +276,7 @@ class TurnActor(PykkaFace):
                         raise
                     if type(item) is Envelope:
                         certainly(functools.partial(fail_if_open, item.reply_to, error))
-                    log.exception("a turn of %s broke off", self.name)
+                    log.exception("a turn of %s failed unexpectedly", self.name)
         finally:
             if begun < len(batch):
                 self._mailbox[:0] = batch[begun:]
@@ -284,7 +284,7 @@ class TurnActor(PykkaFace):
     def _refuse_own_turn(self) -> None:
         if self._claim.get(HOLDER) == get_ident():
             raise WouldDeadlock(
-                f"this thread is in the middle of a turn of {self.name}; waiting for another never ends"
+                f"this thread is in the middle of a turn of {self.name}; waiting for another one would never end"
             )
 
     def _handle(self, item: Any) -> None:

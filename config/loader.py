@@ -141,7 +141,7 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ConfigError(f"the file cannot be read: {reason}", file=file) from error
     if len(content) > MAX_FILE_BYTES:
-        raise ConfigError(f"the file is larger than {MAX_FILE_BYTES} bytes; this is no configuration", file=file)
+        raise ConfigError(f"the file is larger than {MAX_FILE_BYTES} bytes; this is not a configuration", file=file)
     return content
 
 
@@ -161,7 +161,7 @@ def _examined(text: str, file: str, source: str | None) -> Examined:
     from scopestate.config.sections import read_text  # noqa: PLC0415 - as above
 
     if len(text) > MAX_FILE_BYTES:
-        problem = f"longer than {MAX_FILE_BYTES} characters; this is no configuration"
+        problem = f"longer than {MAX_FILE_BYTES} characters; this is not a configuration"
         return Examined(None, [ConfigError(problem, file=file)])
     problems = Problems(file)
     config, errors = read_text(text, source, problems)

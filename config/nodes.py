@@ -237,7 +237,7 @@ class _Builder:
         if node is None:
             raise self._error(f"alias *{anchor} refers to no anchor above it")
         if any(frame.node is node for frame in self._open):
-            raise self._error(f"alias *{anchor} stands inside of what it refers to")
+            raise self._error(f"alias *{anchor} is inside the value that it refers to")
         return node
 
     def _check_tag(self, tag: str | None, known: set[str]) -> None:
@@ -284,7 +284,7 @@ class _Builder:
         identity = (resolve_text(text, key.style).kind, text)
         if identity in frame.seen:
             self._problems.add(
-                f"this key stands here twice, first on line {frame.seen[identity]}; keep one of them",
+                f"this key appears twice, first on line {frame.seen[identity]}; keep one of them",
                 key.line,
                 self._path(),
             )

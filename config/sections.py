@@ -354,7 +354,7 @@ class SectionReader:
                 self._problems.add(f"give either `name` or `prefix`, found {found}", item.line, item.path)
             if rule.ttl_from is not None and not rule.ttl_ms:
                 key = join(item.path, "ttl_from")
-                self._problems.add("`ttl_from` says nothing without `ttl_ms`", self._line_of(item, "ttl_from"), key)
+                self._problems.add("`ttl_from` has no effect without `ttl_ms`", self._line_of(item, "ttl_from"), key)
             elif not self._check_values(item, rule):
                 pass
             elif all(getattr(rule, name) is None for name in _SAYS_SOMETHING):
@@ -371,7 +371,9 @@ class SectionReader:
             self._problems.add("give `type` or `schema`, not both", self._line_of(item, "schema"), key)
         if rule.enforce is not None and rule.type is None and rule.schema is None:
             key = join(item.path, "enforce")
-            self._problems.add("`enforce` says nothing without `type` or `schema`", self._line_of(item, "enforce"), key)
+            self._problems.add(
+                "`enforce` has no effect without `type` or `schema`", self._line_of(item, "enforce"), key
+            )
         for name, problem in _mistakes_of_version(rule):
             self._problems.add(problem, self._line_of(item, name), join(item.path, name))
         return len(self._problems.errors) == errors_before
@@ -594,7 +596,7 @@ def _mistakes_of_version(rule: ScopeRule) -> Iterator[tuple[str, str]]:
     if rule.version is None:
         for name in ("version_field", "upgrade"):
             if getattr(rule, name) is not None:
-                yield name, f"`{name}` says nothing without `version`"
+                yield name, f"`{name}` has no effect without `version`"
     else:
         if not rule.version_field:
             yield "version_field", "`version` needs the name of a field that has it, `version_field`"

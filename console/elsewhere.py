@@ -58,7 +58,7 @@ def _listed(engine: Engine, function_id: str, field: str, payload: dict[str, Any
     except FunctionNotFound:
         return None
     except ScopestateError as error:
-        return Listing([], f"The other engine does not tell: {error}" if call else str(error))
+        return Listing([], f"Not available from the other engine: {error}" if call else str(error))
     found = answer.get(field) if isinstance(answer, dict) else None
     items = [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
     return Listing(items, "")

@@ -104,7 +104,7 @@ class Guard:
             await send(message)
 
         if _is_foreign(scope):
-            said = "Pages of other sites may link to this console, and do nothing else with it.\n"
+            said = "Pages of other sites may only link to this console.\n"
             await PlainTextResponse(said, 403)(scope, receive, protected)
             return
         host = _header(scope, b"host")

@@ -23,7 +23,7 @@ _COOKIE: Final = "scopestate_console"
 # target.
 _WELCOME: Final = (
     '<!doctype html><html lang="en"><meta charset="utf-8"><meta http-equiv="refresh" content="0; url=./">'
-    '<title>scopestate</title><main><h1>scopestate</h1><p><a href="./">Go on to the console</a></p></main></html>'
+    '<title>scopestate</title><main><h1>scopestate</h1><p><a href="./">Continue to the console</a></p></main></html>'
 )
 _REFUSED: Final = (
     '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'

@@ -145,7 +145,7 @@ class Writes(Generic[T]):
         elif owner == OVER:
             problem = "has ended: what is written to it now would be lost"
         else:
-            problem = "belongs to the thread that has entered it"
+            problem = "belongs to the thread that entered it"
         raise DeserializationError(f"this batch {problem}")
 
 

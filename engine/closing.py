@@ -58,7 +58,7 @@ class Closing:
         this function, on the same thread.
         """
         if self._turn.is_mine():
-            raise WouldDeadlock("this thread is closing the engine already, and was interrupted by a signal")
+            raise WouldDeadlock("this thread is already closing the engine, and was interrupted by a signal")
         self._turn.run(self._close, self._parts.limits.close_grace_s if grace_s is None else grace_s)
 
     def deliver_early(self) -> None:
@@ -235,7 +235,7 @@ class Closing:
 def forked() -> EngineForked:
     """Return the error for a forked child that inherited the engine."""
     return EngineForked(
-        "this engine was inherited through fork and belongs to the parent process: open one in each process, behind "
+        "this engine was inherited through fork and belongs to the parent process: open one in each process, after "
         "the fork. gunicorn --preload: in the application's lifespan, or in the hook `post_worker_init`; "
         "multiprocessing and concurrent.futures: in the worker's `initializer`; os.fork: in the child"
     )

@@ -99,7 +99,7 @@ class ConsumerFunctions:
                 return {"letters": [], "next": None}
             case inputs.CountInput():
                 return {"count": 0}
-        raise Unsupported(function_id, "what this engine keeps has no journal, so it has no consumers")
+        raise Unsupported(function_id, "this engine keeps no journal, so it has no consumers")
 
 
 def _done(done: bool) -> dict[str, Any]:
@@ -180,7 +180,7 @@ def _letter(consumers: Consumers, asker: Asker, given: inputs.LetterInput, *, ha
     if letter is None or name is None:
         return None  # the answer does not reveal whether another token has such a letter
     if not asker.may_read(letter.event.scope):
-        raise Forbidden(f"the token of this connection does not allow to read scope {letter.event.scope!r}")
+        raise Forbidden(f"the token of this connection may not read scope {letter.event.scope!r}")
     return _shown_letter(name, letter, handed=handed)
 
 

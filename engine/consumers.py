@@ -34,7 +34,7 @@ class _Access:
     def _consumers(self) -> Consumers:
         found = self._found()
         if found is None:
-            raise Unsupported("this call", "what this engine keeps has no journal, so it has no consumers")
+            raise Unsupported("this call", "this engine keeps no journal, so it has no consumers")
         return found
 
     def _list(self) -> list[ConsumerStatus]:
@@ -124,7 +124,7 @@ class _Letters(_Access):
 
     def _page(self, limit: int, after: str | None) -> builtins.list[DeadLetter]:
         if type(limit) is not int or limit < 1:
-            raise DeserializationError(f"`limit` is a whole number from 1 on, not {limit!r:.40}")
+            raise DeserializationError(f"`limit` is a whole number of 1 or more, not {limit!r:.40}")
         found = self._found()
         return [] if found is None else found.letters(self._consumer, limit, after)
 

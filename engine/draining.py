@@ -69,7 +69,7 @@ def drain_steps(parts: Parts, timeout: float | None, *, everywhere: bool = True)
             arrivals, left_s = parts.backend.arrivals, _left(parts, deadline)
             if not (yield lambda arrivals=arrivals, left_s=left_s: arrivals.catch_up(left_s), left_s):  # type: ignore[misc]  # mypy cannot infer a default argument
                 raise ReplyTimeout(
-                    "", timeout or 0.0, behind="(all: events of what this engine has written have not arrived)"
+                    "", timeout or 0.0, behind="(all: events of this engine's own writes have not arrived)"
                 )
         if everywhere:
             yield from _settle_consumers(parts, deadline, timeout)

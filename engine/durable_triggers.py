@@ -55,8 +55,8 @@ class DurableTriggers(Consumers):
         port = consumers.open(name, trigger)
         if handler is not None and handler.active and handler.trigger.function_id != trigger.function_id:
             log.warning(
-                "consumer %r has the function %r in place of %r: a name is for one durable trigger; if both are to get "
-                "the events, give each a name of its own",
+                "consumer %r has the function %r instead of %r: a name belongs to one durable trigger; if both "
+                "should get the events, give each its own name",
                 name,
                 trigger.function_id,
                 handler.trigger.function_id,
@@ -108,7 +108,7 @@ class DurableTriggers(Consumers):
             try:
                 handler.move_to(self._consumers.open(name, handler.trigger))
             except ScopestateError as error:
-                log.error("consumer %r does not go on: %s", name, error)  # noqa: TRY400 - the text says it all
+                log.error("consumer %r does not continue: %s", name, error)  # noqa: TRY400 - the text says it all
 
     def handlers(self) -> list[DurableHandler]:
         """Return the handlers, also of triggers that were unregistered."""

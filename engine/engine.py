@@ -106,7 +106,7 @@ class Engine(Reactive, StateCalls):
         given: object = config  # the program may pass anything
         if given is not None and not isinstance(given, Config):
             raise ConfigError(
-                f"Engine() takes a Config, not {type(given).__name__}: for a file or a mapping there is "
+                f"Engine() takes a Config, not {type(given).__name__}: for a file or a mapping use "
                 "Engine.from_config(...)"
             )
         checked_hook("on_error", on_error)

@@ -161,14 +161,14 @@ class Conflict(ScopestateError):
         found = "does not exist" if self.revision == 0 else f"has revision {self.revision}"
         match self.expected_revision:
             case None:
-                expected = "does not have the expected value"
+                expected = "does not have the expected value and"
             case 0:
-                expected = "was expected not to exist"
+                expected = "was expected not to exist but"
             case revision:
-                expected = f"was expected to have revision {revision}"
+                expected = f"was expected to have revision {revision} but"
         others = len(self.conflicts) - 1
         more = f" ({others} more keys have changed)" if others else ""
-        return f"key {self.key!r} of scope {self.scope!r} {expected}, and {found}{more}; nothing was written"
+        return f"key {self.key!r} of scope {self.scope!r} {expected} {found}{more}; nothing was written"
 
 
 class UpdateRefused(ScopestateError):
@@ -295,13 +295,13 @@ class Compacted(ScopestateError):
 
     def __str__(self) -> str:
         why = _COMPACTED.get(self.reason, self.reason)
-        return f"the watch cannot go on from its cursor: {why}; watch anew, with a snapshot"
+        return f"the watch cannot continue from its cursor: {why}; start a new watch with a snapshot"
 
 
 _COMPACTED = {
-    "trimmed": "some of the changes behind it are no longer kept",
+    "trimmed": "some of the changes after it are no longer kept",
     "other store": "it was made by another store, or by an engine in memory that has ended",
-    "lost in a crash": "it stands behind a change that was lost in a crash",
+    "lost in a crash": "its change was lost in a crash",
 }
 
 
@@ -320,7 +320,7 @@ class WatchOverrun(ScopestateError):
     def __str__(self) -> str:
         return (
             f"{self.waiting} changes wait for this watch, more than its buffer allows: read faster, ask for a larger "
-            "`buffer`, or for `latest=True`; go on with `since=error.cursor`"
+            "`buffer`, or for `latest=True`; continue with `since=error.cursor`"
         )
 
 
@@ -339,7 +339,7 @@ class RowTooLarge(ScopestateError):
     def __str__(self) -> str:
         return (
             f"the row of key {self.key!r} of scope {self.scope!r} takes {self.size} bytes, and a page may have "
-            f"{self.limit}: ask for a larger `max_bytes`, or read the key by itself"
+            f"{self.limit}: ask for a larger `max_bytes`, or read only this key"
         )
 
 

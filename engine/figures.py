@@ -37,7 +37,7 @@ def _sharing(stats: Stats, _: Health) -> dict[str, float]:
 FIGURES: Final = (
     Figure("scopestate_healthy", "1 if health() finds no problem", lambda _, health: health.ok),
     Figure("scopestate_problems", "Problems that health() finds", lambda _, health: len(health.problems)),
-    Figure("scopestate_calls_total", "Calls, refused ones too", lambda stats, _: stats.calls, "function"),
+    Figure("scopestate_calls_total", "Calls, including refused ones", lambda stats, _: stats.calls, "function"),
     Figure("scopestate_events_total", "Changes that matched a trigger", lambda stats, _: stats.events),
     Figure("scopestate_deliveries_total", "Handler calls that succeeded", lambda stats, _: stats.deliveries),
     Figure("scopestate_skipped_total", "Events that a condition skipped", lambda stats, _: stats.skipped),
@@ -56,7 +56,11 @@ FIGURES: Final = (
     Figure("scopestate_scopes", "Scopes that have an actor now", lambda stats, _: stats.scopes),
     Figure("scopestate_keys", "Keys in the memory of this engine", lambda stats, _: stats.keys),
     Figure("scopestate_expired_total", "Keys removed after their deadline", lambda stats, _: stats.expired),
-    Figure("scopestate_expiry_late_seconds", "Delay of the last one", lambda stats, _: stats.expiry_late_ms / 1000),
+    Figure(
+        "scopestate_expiry_late_seconds",
+        "Delay of the last removal of an expired key",
+        lambda stats, _: stats.expiry_late_ms / 1000,
+    ),
     Figure("scopestate_misfits_total", "Values written that do not fit their rule", lambda stats, _: stats.misfits),
     Figure("scopestate_expiring_scopes", "Scopes with deadlines", lambda stats, _: stats.expiring_scopes),
     Figure(

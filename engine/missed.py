@@ -36,14 +36,17 @@ def fire_missed(router: EventRouter, cursor: str) -> None:
         else:
             _fire_from(router, handlers, journal, found)
     except StorageError as error:
-        log.error("the changes that triggers have missed were not read: %s", error)  # noqa: TRY400 - the text says it all
+        log.error("could not read the changes that triggers have missed: %s", error)  # noqa: TRY400 - the text says it all
         _report(router, handlers, cursor, "trimmed")
 
 
 def _fire_from(router: EventRouter, handlers: list[HandlerActor], journal: Journal, behind: ManyCursor) -> None:
     position = behind.position or 0
     if journal.gone(behind.epoch, position) == "lost in a crash":
-        log.warning("triggers were told of changes that the process before has not saved: the state is without them")
+        log.warning(
+            "triggers were fired for changes that the previous process had not saved: the state does not contain "
+            "these changes"
+        )
 
     def has_missed(handler: HandlerActor) -> bool:
         trigger = handler.trigger
@@ -61,8 +64,8 @@ def _fire_from(router: EventRouter, handlers: list[HandlerActor], journal: Journ
 def _report(router: EventRouter, handlers: list[HandlerActor], cursor: str, reason: str) -> None:
     error = Compacted(cursor, reason)
     log.warning(
-        "%d triggers of this process may have missed changes that were made just before the process that had the store "
-        "open has ended (%s): those of scopes with the rule `history` are told in any case",
+        "%d triggers of this process may have missed changes that were made just before the previous owner of the "
+        "store ended (%s); changes of scopes with the rule `history` are never missed",
         len(handlers),
         error.reason,
     )

@@ -66,14 +66,14 @@ def open_backend(config: Config, given: Store | Backend | None = None) -> Backen
     if given is None and isinstance(options, BridgeOptions | RedisOptions):
         if any(rule.durability is not None for rule in config.scopes):
             log.warning(
-                "`durability` under `scopes:` does nothing with the adapter %s: how long a write lasts is decided "
+                "`durability` under `scopes:` has no effect with the adapter %s: how long a write lasts is decided "
                 "where the state is",
                 config.adapter.name,
             )
         if isinstance(options, BridgeOptions) and any(_is_about_writes(rule) for rule in config.scopes):
             log.warning(
-                "`ttl_ms`, `strict`, `type`, `schema` and `version` under `scopes:` do nothing with the adapter "
-                "bridge: the other engine's configuration counts"
+                "`ttl_ms`, `strict`, `type`, `schema` and `version` under `scopes:` have no effect with the adapter "
+                "bridge: the other engine's configuration applies"
             )
         return open_shared(config.adapter)
     return LocalBackend(given, partial(durability_of, rules=config.scopes, otherwise=config.adapter.kv.durability))
@@ -110,7 +110,7 @@ def durable_mistakes(config: Config) -> Iterator[ConfigError]:
             yield ConfigError(problem, file=config.source, key=key + "durable")
         other = first.setdefault(entry.durable, number)
         if other != number:
-            problem = f"triggers[{other}] has the name {entry.durable!r} already: a name is for one durable trigger"
+            problem = f"triggers[{other}] has the name {entry.durable!r} already: a name belongs to one durable trigger"
             yield ConfigError(problem, file=config.source, key=key + "durable")
         if entry.start not in (None, "now", "earliest"):
             try:

@@ -410,7 +410,7 @@ class Sharing:
         other = [name for name, mine in self._settings.items() if holder.settings.get(name, mine) != mine]
         if other:
             log.warning(
-                "%s: process %d, which owns it, has another configuration, and that counts: it differs in %s",
+                "%s: process %d owns it, and its configuration applies; it differs from the one of this process in %s",
                 self.directory,
                 holder.pid,
                 " and ".join(f"`{name}`" for name in other),
@@ -447,10 +447,10 @@ class Sharing:
         self._problem, self._role, self._taken_over, self._follower = "", "owner", True, None
         log.log(
             logging.INFO if self._orderly else logging.WARNING,
-            "%s: this process owns it now, after %.0f ms; the owner before %s",
+            "%s: this process owns it now, after %.0f ms; the previous owner %s",
             self.directory,
             1000 * (time.monotonic() - lost_at),
-            "has ended in order" if self._orderly else "was killed, or failed",
+            "ended normally" if self._orderly else "was killed, or failed",
         )
         self._serve()
         return True
@@ -522,7 +522,7 @@ class Sharing:
         if self._problem or self._role == "owner":
             return self._problem or None
         if not os.path.isdir(self.directory):
-            return f"the directory {self.directory} was removed: what its owner holds is not saved any more"
+            return f"the directory {self.directory} was removed: its owner can no longer save what it holds"
         holder = self._holder()
         stopped = "" if holder is None else _why_stopped(holder)
         return f"calls wait for {self._describe_owner()}" if stopped else None

@@ -166,7 +166,7 @@ def check_health(parts: Parts, *, closed: bool, forked: str | None = None) -> He
     ]
     problems += parts.services.loop_calls.problems()
     if left_out := parts.services.reporter.left_out:
-        problems.append(f"{left_out} failed deliveries were not reported: the hooks, or the log, are behind")
+        problems.append(f"{left_out} failed deliveries were not reported: the hooks or the log are too slow")
     held = parts.dispatcher.held()
     if held:
         problems.append(

@@ -192,7 +192,7 @@ class _OnClock(Engine):
 def _no_loops(what: str) -> Unsupported:
     return Unsupported(
         f"{what} on a virtual clock",
-        "event loops have a time of their own: use `state_engine`, or `scopestate.testing.Engines`",
+        "event loops have their own clock: use `state_engine`, or `scopestate.testing.Engines`",
     )
 
 
@@ -396,7 +396,7 @@ def typed(example: Any, kind: type[V]) -> Any:
 
 def describe(failures: list[DeliveryFailure]) -> str:
     """Describe for people which events were not delivered, and why."""
-    lines = [f"{len(failures)} events were not handled:"]
+    lines = ["1 event was not handled:" if len(failures) == 1 else f"{len(failures)} events were not handled:"]
     for failure in failures[:NAMED]:
         event, error = failure.event, failure.error
         lines.append(

@@ -56,7 +56,7 @@ class WatchSettings:
         self.filter = Filter(self.key, self.prefix, _events(given.pop("events", None)))
         self.known = _known(known, self.scope)
         if self.known and not self.resync:
-            raise DeserializationError('`known` says nothing without `on_compacted="resync"`: give both or neither')
+            raise DeserializationError('`known` has no effect without `on_compacted="resync"`: give both or neither')
         if given:
             refuse_unknown("watch()", given, WatchOptions)
 

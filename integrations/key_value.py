@@ -301,7 +301,7 @@ def _managed(entry: EntryView) -> ManagedEntry:
     if not isinstance(value, dict):
         raise DeserializationError(
             f"the key {entry.key!r:.80} holds {type(value).__name__}, and a value of py-key-value is an object: "
-            "something else than this store has written it"
+            "something other than this store wrote it"
         )
     return ManagedEntry(value=value, expires_at=entry.expires_at)
 

@@ -36,9 +36,13 @@ def refuse_callback(name: str, function: Any) -> None:
         raise DeserializationError(f"`{name}` takes a function, not {class_name(function)}")
     for called in (function, getattr(function, "__call__", None)):  # noqa: B004 - an object may define it as `async def`
         if inspect.iscoroutinefunction(called) or inspect.isasyncgenfunction(called):
-            raise DeserializationError(f"the function of `{name}` is a plain function: nothing in it can be awaited")
+            raise DeserializationError(
+                f"the function given to `{name}` must be a plain function: nothing in it can be awaited"
+            )
         if inspect.isgeneratorfunction(called):
-            raise DeserializationError(f"the function of `{name}` is a plain function, not a generator function")
+            raise DeserializationError(
+                f"the function given to `{name}` must be a plain function, not a generator function"
+            )
 
 
 def plain_answer(name: str, answer: A) -> A:

@@ -55,8 +55,8 @@ class LettersInput(msgspec.Struct, frozen=True):
     """List dead letters: events that a consumer has given up."""
 
     consumer: _Consumer = None
-    limit: Annotated[int, Meta(description="At most so many, 1 to 1,000")] = 100
-    after: Annotated[str | None, Meta(description="Only those behind the letter with this id")] = None
+    limit: Annotated[int, Meta(description="At most this many, 1 to 1,000")] = 100
+    after: Annotated[str | None, Meta(description="Only those after the letter with this id")] = None
 
 
 class LetterInput(msgspec.Struct, frozen=True):
@@ -71,7 +71,7 @@ class ReplayInput(msgspec.Struct, frozen=True):
     ids: _Ids = None
     all: _Every = False
     consumer: _Consumer = None
-    reset: Annotated[bool, Meta(description="False: their attempts go on where they ended")] = True
+    reset: Annotated[bool, Meta(description="False: keep the number of their attempts")] = True
 
 
 class PurgeInput(msgspec.Struct, frozen=True):
@@ -102,7 +102,7 @@ class ConsumerFound(msgspec.Struct):
     """One consumer."""
 
     name: str
-    lag_events: Annotated[int, Meta(description="Events that wait for it in the journal, about")]
+    lag_events: Annotated[int, Meta(description="Approximate number of events that wait for it in the journal")]
     lag_seconds: Annotated[float, Meta(description="Age of the oldest of them")]
     in_flight: Annotated[int, Meta(description="Attempts that are running in this engine")]
     waiting: Annotated[int, Meta(description="Events that this engine holds for it")]

@@ -33,21 +33,21 @@ class ChangesInput(msgspec.Struct, frozen=True, kw_only=True):
     """Read what has changed since a cursor; if nothing has, wait for a change."""
 
     scope: Annotated[str | None, Meta(description="Only this scope; absent: every scope that may be read")] = None
-    scope_prefix: Annotated[str | None, Meta(description="Only scopes whose names begin so; instead of `scope`")] = None
+    scope_prefix: Annotated[str | None, Meta(description="Only scopes with this prefix; instead of `scope`")] = None
     key: Annotated[str | None, Meta(description="Only this key")] = None
-    prefix: Annotated[str | None, Meta(description="Only keys that begin so")] = None
+    prefix: Annotated[str | None, Meta(description="Only keys with this prefix")] = None
     events: Annotated[
         tuple[EventName, ...] | None, Meta(description="Only these kinds of changes; all of them if absent")
     ] = None
     cursor: Annotated[
-        str | None, Meta(description="The `cursor` of the poll before, or of a change; absent: from now on")
+        str | None, Meta(description="The `cursor` of the previous poll, or of a change; absent: from now on")
     ] = None
     revision: Annotated[
-        int | None, Meta(description="In the place of a cursor: behind this revision of the scope; needs `scope`")
+        int | None, Meta(description="Instead of a cursor: after this revision of the scope; needs `scope`")
     ] = None
-    limit: Annotated[int, Meta(description="At most so many changes, 1 to 1,000")] = 100
+    limit: Annotated[int, Meta(description="At most this many changes, 1 to 1,000")] = 100
     max_bytes: Annotated[
-        int, Meta(description="At most so many bytes of JSON, 256 to 8,000,000; one change may take more")
+        int, Meta(description="At most this many bytes of JSON, 256 to 8,000,000; one change may take more")
     ] = 1_000_000
     wait_ms: Annotated[int, Meta(description="How long to wait for a change if there is none, 0 to 30,000")] = 0
     snapshot: Annotated[bool, Meta(description="Without a cursor: begin with the values that the keys have now")] = (
@@ -82,14 +82,14 @@ class ChangeFound(msgspec.Struct):
     key: str
     revision: Annotated[int, Meta(description="The revision that the change gave to its key")]
     cursor: Annotated[
-        str, Meta(description="Where to go on behind this change; of an entry of a snapshot: with the snapshot again")
+        str, Meta(description="Continues after this change; for an entry of a snapshot, begins the snapshot again")
     ]
     value: Annotated[Any, Meta(description="The new value; absent if the key was removed")] = None
-    old_value: Annotated[Any, Meta(description="The value before; absent if there was none")] = None
+    old_value: Annotated[Any, Meta(description="The previous value; absent if there was none")] = None
     transaction: Annotated[
         int, Meta(description="The revision of the last change of its transaction; absent if it is alone")
     ] = 0
-    initial: Annotated[bool, Meta(description="True for what a key has where the poll begins")] = False
+    initial: Annotated[bool, Meta(description="True for the value that a key has where the poll begins")] = False
     expired_at: Annotated[
         int | None, Meta(description="The deadline that has passed, in milliseconds since the epoch")
     ] = None

@@ -86,11 +86,11 @@ _Revision = Annotated[
     Meta(description="Only if the key has this revision; 0: only if it does not exist. Null: no condition"),
 ]
 _Absent = Annotated[bool, Meta(description="Only if the key does not exist")]
-_Ttl = Annotated[int | None, Meta(description="Expire so many milliseconds from now")]
-_Moment = Annotated[int | None, Meta(description="Expire then, in milliseconds since the epoch")]
-_KeepTtl = Annotated[bool, Meta(description="Leave the deadline of the key as it is")]
+_Ttl = Annotated[int | None, Meta(description="Milliseconds from now until it expires")]
+_Moment = Annotated[int | None, Meta(description="When it expires, in milliseconds since the epoch")]
+_KeepTtl = Annotated[bool, Meta(description="Keep the deadline of the key")]
 _Atomic = Annotated[bool, Meta(description="Apply all ops, or none if one does not fit")]
-_Durable = Annotated[bool | None, Meta(description="Answer when it is on disk")]
+_Durable = Annotated[bool | None, Meta(description="Answer only when the write is on disk")]
 _Idempotency = Annotated[
     str | None, Meta(description="Do it once for this key: a repetition gets the first answer, and changes nothing")
 ]
@@ -384,10 +384,10 @@ class TransactionInput(msgspec.Struct, frozen=True):
     idempotency_key: _Idempotency = None
 
 
-_Prefix = Annotated[str | None, Meta(description="Keys that begin so")]
-_Start = Annotated[str | None, Meta(description="The first key, included")]
-_After = Annotated[str | None, Meta(description="Keys behind this one")]
-_End = Annotated[str | None, Meta(description="Keys before this one")]
+_Prefix = Annotated[str | None, Meta(description="Only keys with this prefix")]
+_Start = Annotated[str | None, Meta(description="Only this key and later ones")]
+_After = Annotated[str | None, Meta(description="Only keys after this one")]
+_End = Annotated[str | None, Meta(description="Only keys before this one")]
 
 
 class CountInput(msgspec.Struct, frozen=True):
@@ -404,7 +404,7 @@ class RangeInput(CountInput, frozen=True):
     """List keys of a scope in the order of their UTF-8 bytes."""
 
     reverse: bool = False
-    limit: Annotated[int | None, Meta(description="At most so many keys")] = None
+    limit: Annotated[int | None, Meta(description="At most this many keys")] = None
 
 
 class DeleteRangeInput(RangeInput, frozen=True):
@@ -417,9 +417,9 @@ class DeleteRangeInput(RangeInput, frozen=True):
 class PageInput(RangeInput, frozen=True):
     """List keys with their values, a page at a time: of a snapshot, or, with bounds or `reverse`, as they are now."""
 
-    limit: Annotated[int, Meta(description="At most so many keys, 1 to 1,000")] = 100
-    max_bytes: Annotated[int, Meta(description="At most so many bytes of JSON, 256 to 8,000,000")] = 1_000_000
-    cursor: Annotated[str | None, Meta(description="`next_cursor` of the page before")] = None
+    limit: Annotated[int, Meta(description="At most this many keys, 1 to 1,000")] = 100
+    max_bytes: Annotated[int, Meta(description="At most this many bytes of JSON, 256 to 8,000,000")] = 1_000_000
+    cursor: Annotated[str | None, Meta(description="`next_cursor` of the previous page")] = None
 
 
 class _EntriesInput(RangeInput, frozen=True):

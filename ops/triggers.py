@@ -152,17 +152,18 @@ class Trigger(msgspec.Struct, frozen=True):
     ] = "now"
     on_giving_up: Annotated[
         Literal["skip", "block"],
-        msgspec.Meta(description="What becomes of the events behind one that a durable trigger gives up"),
+        msgspec.Meta(description="What happens to the events after one that a durable trigger gives up"),
     ] = "skip"
     max_dead: Annotated[int, msgspec.Meta(description="How many dead letters a durable trigger keeps")] = 100_000
     debounce: Annotated[
-        float | None, msgspec.Meta(description="Seconds for which a key rests before its newest event is delivered")
+        float | None,
+        msgspec.Meta(description="Seconds without a change of the key before its newest event is delivered"),
     ] = None
     """None: each event is delivered."""
     debounce_max: Annotated[
         float | None, msgspec.Meta(description="Seconds after which it is delivered in any case")
     ] = None
-    batch: Annotated[int | None, msgspec.Meta(description="Deliver lists of at most so many events")] = None
+    batch: Annotated[int | None, msgspec.Meta(description="Deliver lists of at most this many events")] = None
     """None: events are delivered one by one."""
     batch_wait: Annotated[
         float, msgspec.Meta(description="Seconds for which the first event of a list waits for more")
@@ -175,7 +176,7 @@ class Trigger(msgspec.Struct, frozen=True):
         self,
     ) -> Annotated[
         dict[str, Any] | None,
-        msgspec.Meta(description="An object that reaches the function beside the event", extra=OPTIONAL),
+        msgspec.Meta(description="An object that is passed to the function with the event", extra=OPTIONAL),
     ]:
         """What the handler finds in `event.metadata`, a new copy at each reading."""
         return None if self.metadata_json is None else cast("dict[str, Any]", decode(self.metadata_json))
@@ -282,7 +283,7 @@ def _contradictions(fields: Mapping[str, Any]) -> list[tuple[str, str]]:
         ]
     for name, needed in (("debounce_max", "debounce"), ("batch_wait", "batch")):
         if name in fields and needed not in fields:
-            wrong.append((name, f"`{name}` of a trigger says nothing without `{needed}`"))
+            wrong.append((name, f"`{name}` of a trigger has no effect without `{needed}`"))
     if fields.get("on_giving_up") == "block":
         wrong += [
             ("on_giving_up", f"`on_giving_up` block cannot be combined with `{name}`: several events may be given up")

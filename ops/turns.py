@@ -86,7 +86,7 @@ class Range(msgspec.Struct, frozen=True):
     reverse: bool = False
     """The largest key first."""
     limit: int | None = None
-    """At most so many keys; None: all of them."""
+    """At most this many keys; None: all of them."""
 
     def low(self) -> tuple[str, bool]:
         """Return the lower bound, and whether a key that is equal to it is within the range."""
@@ -477,7 +477,7 @@ class Items(_WholeScope[list[tuple[str, bytes]]], frozen=True, gc=False):
         try:
             listed = _decode_items(result or b"null")
         except msgspec.DecodeError as error:
-            raise DeserializationError("that engine does not name the keys of a scope; it is no scopestate") from error
+            raise DeserializationError("that engine does not name the keys of a scope; it is not scopestate") from error
         if len(listed.keys) != len(listed.values):
             raise DeserializationError(f"{len(listed.keys)} keys with {len(listed.values)} values")
         return (), [(key, parse(bytes(value))) for key, value in zip(listed.keys, listed.values, strict=True)]
@@ -623,7 +623,7 @@ def checked_name(what: str, name: object) -> str:
             name.encode()
         except UnicodeEncodeError as error:
             raise DeserializationError(
-                f"the {what} {name!r:.80} has half of a surrogate pair at index {error.start}, which is no character"
+                f"the {what} {name!r:.80} has half of a surrogate pair at index {error.start}, which is not a character"
             ) from error
     return name
 

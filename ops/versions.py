@@ -36,7 +36,7 @@ class Versions:
             return 1
         version = self._decode(json).version
         if type(version) is not int or version < 1:
-            raise Misfit(f"$.{self.field}", f"a version is a whole number from 1 on, not {str(version)[:40]}")
+            raise Misfit(f"$.{self.field}", f"a version is a whole number of 1 or more, not {str(version)[:40]}")
         return version
 
     def current(self, json: bytes) -> bytes:

@@ -330,7 +330,7 @@ def checked_deadline(ttl_ms: int | None = None, expires_ms: int | None = None, *
         if number is None:
             continue
         if type(number) is not int or not 0 <= number <= LAST_MS:
-            raise DeserializationError(f"`{name}` is a whole number of milliseconds from 0 on, not {number!r:.40}")
+            raise DeserializationError(f"`{name}` is a whole number of milliseconds, 0 or more, not {number!r:.40}")
     if ttl_ms == 0:
         raise DeserializationError("`ttl` is more than 0; to remove the key now, delete it")
     if ttl_ms is None and expires_ms is None and not keep:

@@ -50,7 +50,7 @@ class KvOptions(Options, frozen=True):
     def described(self) -> str:
         """Describe where the state is kept."""
         if self.store_method == "in_memory":
-            return "in memory: gone when this ends"
+            return "in memory: lost when this process ends"
         when = "on each write" if self.durability == "commit" else f"every {self.save_interval_ms} ms"
         return f"{os.path.realpath(expand_home(self.file_path))}, saved {when}"
 

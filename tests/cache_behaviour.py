@@ -102,7 +102,7 @@ class CacheBehaviour:
             cache.incr("missing", default=None)
         assert "missing" not in cache
         cache.set("text", "many")
-        with pytest.raises(TypeError, match="no number but a str"):
+        with pytest.raises(TypeError, match="not a number but a str"):
             cache.incr("text")
         assert cache["text"] == "many"
 

@@ -194,7 +194,7 @@ def usable_path(path: str) -> Iterator[str]:
         return
     directory, name = os.path.split(path)
     if not os.path.isdir("/proc/self/fd") or len(os.fsencode(name)) > _LONGEST_PATH - 30:
-        raise OSError(errno.ENAMETOOLONG, "the path is longer than that of a socket may be", path)
+        raise OSError(errno.ENAMETOOLONG, "the path is too long for a Unix socket", path)
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         yield f"/proc/self/fd/{fd}/{name}"

@@ -49,7 +49,7 @@ class BoundedLog:
         if kind[1] <= burst:
             self._log.log(level, message, *(shown(arg) for arg in args))
             if kind[1] == burst:
-                self._log.log(level, "further lines like the one before are left out for %g s", PERIOD_S)
+                self._log.log(level, "further lines like the previous one are left out for %g s", PERIOD_S)
 
 
 def shown(value: Any) -> Any:

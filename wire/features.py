@@ -63,9 +63,7 @@ class Features(NamedTuple):
             return Unsupported(needs.function_id, f"it is not known what the engine at {url} can do: {self.problem}")
         known = self.fields.get(needs.function_id)
         if known is None or MARK not in self.fields:
-            return Unsupported(
-                needs.function_id, f"the engine at {url} is iii, or a scopestate from before it, and does not know it"
-            )
+            return Unsupported(needs.function_id, f"the engine at {url} is iii or an older scopestate")
         missing = [field for field in needs.fields if field not in known]
         if missing:
             return Unsupported(f"`{missing[0]}` of {needs.function_id}", f"the engine at {url} does not know it")

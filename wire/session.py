@@ -299,7 +299,7 @@ class WorkerSession:
         if type(frame.action) is not Enqueue:  # Void, or no id
             if self.waiting >= self._max_calls:
                 self._log.warning(
-                    "worker %s: dropped a call of %r that wants no answer: %d calls of the worker are in progress",
+                    "worker %s: dropped a call of %r that expects no answer: %d calls of the worker are in progress",
                     self.worker_id,
                     frame.function_id,
                     self.waiting,

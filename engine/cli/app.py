@@ -57,7 +57,7 @@ def _wrong_usage(*, as_json: bool) -> Iterator[None]:
     except typer.Abort as error:
         # Typer raises it for Ctrl-C at a prompt, and at the end of standard input.
         if isinstance(error.__context__, EOFError):
-            usage_error(typer.BadParameter("the question got no answer; --yes answers it"), as_json=as_json)
+            usage_error(typer.BadParameter("the question was not answered; --yes answers it"), as_json=as_json)
         raise typer.Exit(Exit.INTERRUPTED) from None
 
 

@@ -18,7 +18,7 @@ from scopestate.errors import StorageError
 from scopestate.integrations.cache import Cache
 from scopestate.integrations.cache.from_diskcache import LeftOut, Report, import_diskcache
 
-app = typer.Typer(no_args_is_help=True, help="Bring the entries of another cache into one of scopestate.")
+app = typer.Typer(no_args_is_help=True, help="Import the entries of another cache into a scopestate cache.")
 
 _SHOWN: Final = 20
 """How many of the entries that were left out are shown one by one."""
@@ -29,14 +29,14 @@ _REASONS: Final = {
     "pickled_values": "the value is a pickle",
     "missing_files": "the file of the value is missing",
     "damaged": "damaged",
-    "refused": "the cache takes no such key or value",
+    "refused": "the cache does not accept such a key or value",
     "changed": "removed meanwhile",
 }
 
 
 @app.callback()
 def cache() -> None:
-    """Bring the entries of another cache into one of scopestate."""
+    """Import the entries of another cache into a scopestate cache."""
 
 
 @app.command("import-diskcache")
@@ -47,7 +47,7 @@ def import_diskcache_(
         typer.Argument(metavar="CACHE", help="Directory of the cache, or a configuration file (.yaml) of its engine."),
     ],
     scope: Annotated[str, typer.Option(help="The scope of the cache.")] = "cache",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace entries that are there already.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing entries.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Read everything, and write nothing.")] = False,
     left_out: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write what was left out to a file, as JSON lines.")
@@ -56,8 +56,8 @@ def import_diskcache_(
 ) -> None:
     """Copy the entries of a diskcache directory, with deadlines and tags. Nothing in it is unpickled or changed.
 
-    Programs may use both caches. If it is interrupted, repeat it: entries that are there already are left as they are.
-    What is a pickle is counted and left out. The exit code is 4 if files are missing or something is damaged.
+    Programs may use both caches. If the import is interrupted, repeat it: existing entries are left as they are.
+    Pickled entries are counted and left out. The exit code is 4 if files are missing or something is damaged.
     """
     with errors_to_exit_codes(as_json=as_json), _listed(left_out, as_json=as_json) as note:
         if dry_run:

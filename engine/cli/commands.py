@@ -42,7 +42,7 @@ _FILES: Final = "Files"
 OUTLINES: Final = (
     Outline("serve", "serve:serve", "Serve an engine to workers and bridges until SIGINT, SIGTERM or SIGHUP."),
     Outline(
-        "console", "console:console", "Show an engine in a browser of this machine, until SIGINT, SIGTERM or SIGHUP."
+        "console", "console:console", "Show an engine in a browser on this machine, until SIGINT, SIGTERM or SIGHUP."
     ),
     Outline("get", "state:get", "Print the value of a key. Exit code 6 if it does not exist.", _ENGINE),
     Outline(
@@ -87,7 +87,7 @@ OUTLINES: Final = (
     Outline(
         "delete-range",
         "state:delete_range",
-        'Delete the keys of a range, and print how many they were. --prefix "" is the whole scope.',
+        'Delete the keys of a range, and print their number. --prefix "" is the whole scope.',
         _ENGINE,
     ),
     Outline(
@@ -133,7 +133,7 @@ OUTLINES: Final = (
     Outline(
         "consumers",
         "consumers:consumers",
-        "Consumers, which durable triggers have: list, pause, resume and forget them.",
+        "Consumers of durable triggers: list, pause, resume and forget them.",
         _ENGINE,
     ),
     Outline(
@@ -144,5 +144,5 @@ OUTLINES: Final = (
     ),
     Outline("config", "config:app", "Check a configuration file, or show what it means.", _FILES),
     Outline("store", "store:app", "Show what a store holds, check it, copy it as JSON lines.", _FILES),
-    Outline("cache", "cache:app", "Bring the entries of another cache into one of scopestate.", _FILES),
+    Outline("cache", "cache:app", "Import the entries of another cache into a scopestate cache.", _FILES),
 )

@@ -44,16 +44,16 @@ def console(
     ] = DEFAULT_URL,
     write: Annotated[bool, typer.Option("--write", "-w", help="Let the console change the state.")] = False,
     port: Annotated[
-        int, typer.Option("--port", "-p", min=0, max=65535, help="Port of this machine; 0: a free one.")
+        int, typer.Option("--port", "-p", min=0, max=65535, help="Port on this machine; 0: any free port.")
     ] = 0,
     open_browser: Annotated[bool, typer.Option("--open", "-o", help="Open the address in a browser.")] = False,
     token: Token = None,
     ca_file: CaFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show an engine in a browser of this machine, until SIGINT, SIGTERM or SIGHUP.
+    """Show an engine in a browser on this machine, until SIGINT, SIGTERM or SIGHUP.
 
-    It prints an address that lets one browser in, once. At a terminal, Enter prints another one. Without --write the
+    It prints an address that admits one browser, once. At a terminal, Enter prints another address. Without --write the
     console changes nothing. With a FILE whose directory a running engine has open, that engine is shown; otherwise the
     command opens it, without the functions and triggers of the file.
     """
@@ -102,7 +102,7 @@ def _listener(port: int) -> Iterator[socket.socket]:
     try:
         listener = socket.create_server((HOST, port))
     except OSError as error:
-        raise ConfigError(f"{HOST}:{port}: {error.strerror or error}; `--port 0` takes a free port") from error
+        raise ConfigError(f"{HOST}:{port}: {error.strerror or error}; `--port 0` takes any free port") from error
     with listener:
         yield listener
 
@@ -119,7 +119,7 @@ def _announce(engine: Engine, sessions: Sessions, address: str, *, write: bool, 
     console.print(shown(f"{engine!r}, {'read and write' if write else 'read only'}; Ctrl-C ends it"), markup=False)
     out(_link(sessions, address))
     if sys.stdin is not None and sys.stdin.isatty():
-        console.print("each address lets one browser in, once; Enter prints another one", style="dim")
+        console.print("each address admits one browser, once; press Enter for another", style="dim")
         threading.Thread(target=_print_links, args=(sessions, address), name="scopestate-console", daemon=True).start()
 
 

@@ -15,7 +15,7 @@ from scopestate.cli.people import ExactTimes, duration, many, moment, number
 from scopestate.cli.terminal import Exit, given_text, json_of, out, print_error, print_rich, shown, standard_error
 
 consumers = typer.Typer(
-    no_args_is_help=True, help="Consumers, which durable triggers have: list, pause, resume and forget them."
+    no_args_is_help=True, help="Consumers of durable triggers: list, pause, resume and forget them."
 )
 dead_letters = typer.Typer(
     no_args_is_help=True, help="Dead letters, events that a consumer has given up: list, show, replay and purge them."
@@ -32,7 +32,7 @@ Every = Annotated[bool, typer.Option("--all", help="All dead letters, or all of 
 @consumers.command("list")
 @connected
 def list_consumers(engine: EngineAt, store: Store = None) -> None:
-    """Print each consumer: events that wait for it, attempts that run, dead letters, and whether it is paused.
+    """Print each consumer: waiting events, running attempts, dead letters, and whether it is paused.
 
     In a pipe, or with --json, each is a JSON object on a line of its own.
     """
@@ -73,14 +73,17 @@ def pause(
     store: Store = None,
     why: Annotated[str, typer.Option("--why", help="Shown in the list and by health().")] = "",
 ) -> None:
-    """Pause a consumer: its events are kept, and no delivery begins until it is resumed. Exit code 6: no such one."""
+    """Pause a consumer: its events are kept, and no delivery begins until it is resumed.
+
+    Exit code 6 if it does not exist.
+    """
     _do(engine, store, "engine::consumers::pause", name, why=given_text(why, "--why"))
 
 
 @consumers.command()
 @connected
 def resume(engine: EngineAt, name: Name, store: Store = None) -> None:
-    """Resume a consumer that is paused. Exit code 6: there is no such one."""
+    """Resume a consumer that is paused. Exit code 6 if it does not exist."""
     _do(engine, store, "engine::consumers::resume", name)
 
 
@@ -92,9 +95,9 @@ def forget(
     store: Store = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
-    """Remove a consumer, with the events that wait for it and its dead letters. Exit code 6: there is no such one.
+    """Remove a consumer, with the events that wait for it and its dead letters. Exit code 6 if it does not exist.
 
-    A trigger that has the name goes on as a new consumer, with the events from then on.
+    A trigger with that name continues as a new consumer, with the events from then on.
     """
     _confirm(f"Remove the consumer {name!r}, its waiting events and its dead letters?", yes=yes)
     _do(engine, store, "engine::consumers::forget", name)
@@ -117,9 +120,9 @@ def list_letters(
     store: Store = None,
     consumer: Consumer = None,
     after: Annotated[
-        str | None, typer.Option("--after", help="Only those behind the letter with this id.", metavar="ID")
+        str | None, typer.Option("--after", help="Only those after the letter with this id.", metavar="ID")
     ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", "-n", min=1, help="At most so many.", metavar="N")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", "-n", min=1, help="At most this many.", metavar="N")] = None,
     exact_times: ExactTimes = False,
 ) -> None:
     """Print dead letters, the oldest first. In a pipe, or with --json, each is a JSON object on a line of its own."""
@@ -163,7 +166,10 @@ def show(
     store: Store = None,
     exact_times: ExactTimes = False,
 ) -> None:
-    """Print a dead letter: its event, the last error with where it was raised, and its attempts. Exit code 6: none."""
+    """Print a dead letter: its event, the last error with its traceback, and its attempts.
+
+    Exit code 6 if it does not exist.
+    """
     letter = at(engine, store).call("engine::dead-letters::get", {"id": given_text(letter_id, "the id")})
     if letter is None:
         print_error(f"there is no dead letter {letter_id!r}")
@@ -187,11 +193,11 @@ def replay(
     every: Every = False,
     consumer: Consumer = None,
     keep_attempts: Annotated[
-        bool, typer.Option("--keep-attempts", help="Go on with their attempts; otherwise they begin anew.")
+        bool, typer.Option("--keep-attempts", help="Keep the number of their attempts; otherwise it starts at 0.")
     ] = False,
     store: Store = None,
 ) -> None:
-    """Have dead letters delivered again: those with these ids, or --all."""
+    """Deliver dead letters again: those with these ids, or --all."""
     asked = {**_chosen(ids, consumer, every=every), "reset": not keep_attempts}
     engine.print(msgspec.json.encode(at(engine, store).call("engine::dead-letters::replay", asked)))
 
@@ -205,17 +211,19 @@ def purge(
     consumer: Consumer = None,
     before: Annotated[
         str | None,
-        typer.Option("--before", help="Those given up before this time, such as 2030-01-31T12:00:00Z.", metavar="TIME"),
+        typer.Option(
+            "--before", help="Only those given up before this time, such as 2030-01-31T12:00:00Z.", metavar="TIME"
+        ),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     store: Store = None,
 ) -> None:
-    """Remove dead letters for good: those with these ids, --before a time, or --all."""
+    """Remove dead letters permanently: those with these ids, --before a time, or --all."""
     asked = _chosen(ids, consumer, every=every, also=before is not None, before=", --before TIME")
     if before is not None:
         asked["before"] = _read_moment(before)
     if not ids:
-        _confirm("Remove these dead letters for good?", yes=yes)
+        _confirm("Remove these dead letters permanently?", yes=yes)
     engine.print(msgspec.json.encode(at(engine, store).call("engine::dead-letters::purge", asked)))
 
 

@@ -15,7 +15,7 @@ from scopestate.cli.people import ExactTimes, moment, number
 from scopestate.cli.terminal import json_of, out, print_rich, standard_error
 
 Internal = Annotated[
-    bool, typer.Option("--internal", help="Those of the engine itself too, whose names begin with engine::.")
+    bool, typer.Option("--internal", help="Include the engine's own, whose names begin with engine::.")
 ]
 
 

@@ -45,6 +45,6 @@ class OpenedStore:
             directory = expand_home(options.file_path)
             if not os.path.lexists(os.path.join(directory, "state.db")):
                 raise StoreUnusable(
-                    f"there is no store in {os.path.realpath(directory)}: it has no file state.db; nothing was made"
+                    f"there is no store in {os.path.realpath(directory)}: it has no file state.db; nothing was created"
                 )
         return config

@@ -8,9 +8,7 @@ from typing import Annotated, Final
 
 import typer
 
-ExactTimes = Annotated[
-    bool, typer.Option("--exact-times", help="Show times as they are, in UTC, and not as `3 min ago`.")
-]
+ExactTimes = Annotated[bool, typer.Option("--exact-times", help="Show exact times in UTC instead of `3 min ago`.")]
 
 _UNITS: Final = ((86_400.0, "d"), (3_600.0, "h"), (60.0, "min"), (1.0, "s"))
 _FAR_S: Final = 30 * 86_400.0

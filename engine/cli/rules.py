@@ -21,7 +21,7 @@ from scopestate.transfer import BATCH_BYTES, BATCH_KEYS, KeyLine
 ConfigFile = Annotated[
     str | None,
     typer.Option(
-        "--config", metavar="FILE", help="The configuration file whose rules count, if STORE is not one itself."
+        "--config", metavar="FILE", help="The configuration file whose rules apply, if STORE is not one itself."
     ),
 ]
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from scopestate.server.server import Server
 
 _LISTEN_HINTS = {
-    errno.EADDRINUSE: "; is another engine running there? `--port 0` takes a free port",
+    errno.EADDRINUSE: "; is another engine running there? `--port 0` takes any free port",
     errno.EACCES: "; ports below 1024 need root, choose a higher one",
     errno.EADDRNOTAVAIL: "; this machine has no such address",
 }
@@ -39,15 +39,16 @@ def serve(
     ] = None,
     host: Annotated[str | None, typer.Option("--host", help="Address to listen on, instead of the file's.")] = None,
     port: Annotated[
-        int | None, typer.Option("--port", "-p", min=0, max=65535, help="Port, instead of the file's; 0: a free one.")
+        int | None,
+        typer.Option("--port", "-p", min=0, max=65535, help="Port, instead of the file's; 0: any free port."),
     ] = None,
     log_level: Annotated[Level, typer.Option("--log-level", help="What to log on standard error.")] = "info",
     as_json: AsJson = False,
 ) -> None:
     """Serve an engine to workers and bridges until SIGINT, SIGTERM or SIGHUP.
 
-    It then ends gracefully: fired events reach their handlers, and everything is saved. A second signal ends it at
-    once. Changes of the file apply while it runs. With --json, a line of JSON on standard output says where it listens.
+    It then stops gracefully: fired events reach their handlers, and everything is saved. A second signal stops it at
+    once. Changes to the file apply while it runs. With --json, a line of JSON on standard output says where it listens.
     """
     from scopestate.server.server import Server  # noqa: PLC0415 - not needed for help and completion
 

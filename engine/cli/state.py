@@ -36,14 +36,15 @@ IfRevision = Annotated[
 ]
 IfAbsent = Annotated[bool, typer.Option("--if-absent", help="Only if the key does not exist.")]
 Ttl = Annotated[
-    float | None, typer.Option("--ttl", min=0.001, max=1e9, help="Expire so many seconds from now.", metavar="SECONDS")
+    float | None,
+    typer.Option("--ttl", min=0.001, max=1e9, help="Seconds from now until it expires.", metavar="SECONDS"),
 ]
 ExpiresAt = Annotated[
     str | None,
-    typer.Option("--expires-at", help="Expire then, such as 2030-01-31T12:00:00+01:00 or ...Z.", metavar="TIME"),
+    typer.Option("--expires-at", help="When it expires, such as 2030-01-31T12:00:00+01:00 or ...Z.", metavar="TIME"),
 ]
-KeepTtl = Annotated[bool, typer.Option("--keep-ttl", help="Leave the deadline of the key as it is.")]
-Durable = Annotated[bool, typer.Option("--durable", help="Return when it is on disk.")]
+KeepTtl = Annotated[bool, typer.Option("--keep-ttl", help="Keep the deadline of the key.")]
+Durable = Annotated[bool, typer.Option("--durable", help="Return only when the write is on disk.")]
 Once = Annotated[
     str | None,
     typer.Option(
@@ -53,12 +54,12 @@ Once = Annotated[
     ),
 ]
 
-Prefix = Annotated[str | None, typer.Option("--prefix", "-p", help="Keys that begin so.", metavar="TEXT")]
-Start = Annotated[str | None, typer.Option("--start", help="The first key, included.", metavar="KEY")]
-After = Annotated[str | None, typer.Option("--after", help="Keys behind this one.", metavar="KEY")]
-End = Annotated[str | None, typer.Option("--end", help="Keys before this one.", metavar="KEY")]
+Prefix = Annotated[str | None, typer.Option("--prefix", "-p", help="Only keys with this prefix.", metavar="TEXT")]
+Start = Annotated[str | None, typer.Option("--start", help="Only this key and later ones.", metavar="KEY")]
+After = Annotated[str | None, typer.Option("--after", help="Only keys after this one.", metavar="KEY")]
+End = Annotated[str | None, typer.Option("--end", help="Only keys before this one.", metavar="KEY")]
 Reverse = Annotated[bool, typer.Option("--reverse", "-r", help="The last key first.")]
-Limit = Annotated[int | None, typer.Option("--limit", "-n", min=0, help="At most so many keys.", metavar="N")]
+Limit = Annotated[int | None, typer.Option("--limit", "-n", min=0, help="At most this many keys.", metavar="N")]
 
 _AN_OP: Final = """'{"type": "increment", "path": "logins", "by": 1}'"""
 _A_TRANSACTION: Final = """'{"checks": [{"key": "ada", "revision": 7}], "ops": [{"type": "delete", "key": "ada"}]}'"""
@@ -95,7 +96,7 @@ def get(
     scope: Scope,
     key: Key,
     entry: Annotated[
-        bool, typer.Option("--entry", "-e", help="With its revision, and when it expires (ms since 1970).")
+        bool, typer.Option("--entry", "-e", help="Include its revision, and when it expires (ms since 1970).")
     ] = False,
 ) -> None:
     """Print the value of a key. Exit code 6 if it does not exist.
@@ -207,7 +208,7 @@ def touch(
     key: Key,
     ttl: Ttl = None,
     expires_at: ExpiresAt = None,
-    never: Annotated[bool, typer.Option("--never", help="It does not expire any more.")] = False,
+    never: Annotated[bool, typer.Option("--never", help="Remove its deadline.")] = False,
     durable: Durable = False,
 ) -> None:
     """Give a key another deadline, or none. Its value stays, and no event fires. Exit code 6 if it does not exist.
@@ -250,7 +251,7 @@ def keys(
 ) -> None:
     """Print the keys of a scope, each as JSON text on a line of its own, in the order of their UTF-8 bytes.
 
-    They are read a page at a time: a key that is created or deleted meanwhile may be missing or included.
+    They are read a page at a time: a key that is created or deleted in the meantime may be missing or included.
 
     Example: scopestate keys users --prefix a --limit 10
     """
@@ -285,8 +286,8 @@ def entries(
 ) -> None:
     """Print the keys of a scope with value, revision and deadline, each as JSON on a line of its own, in order.
 
-    `expires_at` is in milliseconds since 1970; a key without it never expires. They are read a page at a time: a key
-    that is written meanwhile may be shown as it was or as it is.
+    `expires_at` is in milliseconds since 1970; a key without it never expires. They are read a page at a
+    time: a key that is written in the meantime may be shown as it was or as it is.
 
     Example: scopestate entries users --prefix a --limit 10
     """
@@ -301,7 +302,9 @@ def entries(
             try:
                 page = msgspec.json.decode(answer or b"null", type=_Page)
             except msgspec.ValidationError as error:
-                raise DeserializationError("that engine tells no revisions of keys; it is no scopestate") from error
+                raise DeserializationError(
+                    "that engine does not report revisions of keys; it is not scopestate"
+                ) from error
             if page.entries:
                 lines = [_Entry(key, entry.value, entry.revision, entry.expires_at) for key, entry in page.entries]
                 out(json_text(b"\n".join(map(msgspec.json.encode, lines))))
@@ -342,9 +345,10 @@ def delete_range(
     reverse: Reverse = False,
     limit: Limit = None,
 ) -> None:
-    """Delete the keys of a range, and print how many they were. --prefix "" is the whole scope.
+    """Delete the keys of a range, and print their number. --prefix "" is the whole scope.
 
-    At most 1,000 keys go in one step. A command that was interrupted has deleted some of them, and can be repeated.
+    At most 1,000 keys are deleted in one step. An interrupted command has deleted some of them, and can be
+    repeated.
 
     Example: scopestate delete-range sessions --prefix tmp-
     """
@@ -379,7 +383,9 @@ def transaction(
     ],
     if_revision: Annotated[
         int | None,
-        typer.Option("--if-revision", min=0, help="Only if the last change of the scope has this one.", metavar="N"),
+        typer.Option(
+            "--if-revision", min=0, help="Only if the last change of the scope has this revision.", metavar="N"
+        ),
     ] = None,
     durable: Durable = False,
     idempotency_key: Once = None,

@@ -98,11 +98,11 @@ def _info(where: str, *, exact_times: bool, as_json: bool) -> None:
 
 
 def _said(facts: StoreFacts, *, exact_times: bool) -> str:
-    parts = ["in use, or not closed in order" if facts.in_use else "closed in order"]
+    parts = ["in use, or not closed cleanly" if facts.in_use else "closed cleanly"]
     if facts.saved_ms:
         parts.append(f"last saved {moment(facts.saved_ms, exactly=exact_times)}")
     if facts.ends:
-        parts.append(f"not closed in order {many(facts.ends, 'time')} before")
+        parts.append(f"not closed cleanly {many(facts.ends, 'time')} before")
     if facts.expired:
         parts.append(f"{many(facts.expired, 'key')} expired and not removed yet")
     if facts.answers:
@@ -118,13 +118,13 @@ def keys(
     start: Annotated[str | None, typer.Option(help="Only this key and later ones.")] = None,
     after: Annotated[str | None, typer.Option(help="Only keys after this one.")] = None,
     end: Annotated[str | None, typer.Option(help="Only keys before this one.")] = None,
-    limit: Annotated[int | None, typer.Option(min=0, help="At most so many keys.")] = None,
+    limit: Annotated[int | None, typer.Option(min=0, help="At most this many keys.")] = None,
     reverse: Annotated[bool, typer.Option("--reverse", help="The last key first.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Print the keys of a scope on the disk, each as JSON text on a line of its own, in the order of their UTF-8 bytes.
+    """Print the keys of a scope on disk, each as JSON text on a line of its own, in the order of their UTF-8 bytes.
 
-    An engine may be using the store: what it has not saved yet is not there. Keys that have expired are left out.
+    An engine may be using the store: what it has not saved yet is not shown. Keys that have expired are left out.
     """
     with errors_to_exit_codes(as_json=as_json), _reader(where) as reader:
         found = reader.keys(scope, Range(prefix, start, after, end, reverse, limit))
@@ -167,14 +167,16 @@ def migrate(
     where: Where,
     config: ConfigFile = None,
     scope: Annotated[str | None, typer.Option(help="This scope only.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Report what would be done, and change nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Report what would be done, without changing anything.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Store every value as the current version of its rule has it. No engine may have the directory open.
+    """Upgrade every value to the current version of its rule. No engine may have the directory open.
 
-    Keys keep their revisions, their order and their deadlines, and no events fire. What does not fit is listed and left
-    as it is, with exit code 4. The values are written in steps: a migration that was interrupted is begun again, and
-    goes on where it was.
+    Keys keep their revisions, their order and their deadlines, and no events fire. Values that do not fit are listed
+    and left as they are, with exit code 4. The values are written in steps: if a migration is interrupted, start it
+    again, and it continues where it stopped.
     """
     with errors_to_exit_codes(as_json=as_json), _ended_by_signals():
         rules = rules_for(where, config)
@@ -199,7 +201,9 @@ def _migrate(directory: str, migration: Migration, *, as_json: bool) -> None:
             migration.run(reader, store, advance)
         except BaseException:
             if not as_json:
-                standard_error().print(shown(f"stopped: {migration.summary()}; repeat it to go on"), markup=False)
+                standard_error().print(
+                    shown(f"stopped: {migration.summary()}; repeat the command to continue"), markup=False
+                )
             raise
     found = migration.found
     if as_json:
@@ -248,7 +252,7 @@ def import_(
     target: Target,
     source: Annotated[str, typer.Argument(metavar="FILE", help="File to read; `-`: standard input.")] = "-",
     merge: Annotated[
-        bool, typer.Option("--merge", help="Import into a store that holds keys; equal keys are overwritten.")
+        bool, typer.Option("--merge", help="Import even if the store holds keys; keys in both are overwritten.")
     ] = False,
     config: ConfigFile = None,
     token: Token = None,
@@ -281,7 +285,7 @@ def import_(
         stack.callback(store.close)
         if not merge and store.scopes():
             raise StoreUnusable(
-                f"{_shown(target)} holds keys already; use --merge to add to them, or choose an empty one"
+                f"{_shown(target)} already holds keys; use --merge to add to them, or choose an empty one"
             )
         whole = isinstance(store, FileAdapter)
         if not whole and not as_json:
@@ -309,7 +313,7 @@ def _remarks(done: Imported) -> Iterator[str]:
         yield f"left out: {many(done.expired, 'key')} that had expired"
     if done.left_out:
         answers = many(done.left_out, "kept answer")
-        yield f"left out: {answers}; a call that is repeated with its idempotency key is done again"
+        yield f"left out: {answers}; a call that is repeated with its idempotency key will be carried out again"
     if done.renumbered:
         yield "keys have other revisions than in the file: a write that expects one of those is refused"
 
@@ -339,8 +343,8 @@ class _Imported:
         if self._advance is None or self._whole:
             return f"nothing was imported to {self._target}"
         return (
-            f"about {self._advance.done:,} of {self._total:,} keys were imported to {self._target}; to go on, repeat "
-            "the import with --merge"
+            f"about {self._advance.done:,} of {self._total:,} keys were imported to {self._target}; to continue, "
+            "repeat the import with --merge"
         )
 
 

@@ -60,7 +60,7 @@ class Exit(IntEnum):
 EXIT_CODES = """
 Exit codes: 0 done, 1 the engine or the function answered with an error, 2 wrong usage, 3 wrong configuration, 4 a store
 or a file cannot be used or is damaged, 5 no connection or no answer in time, 6 the key does not exist, 7 a key is not
-as the write expected it, 8 a watch cannot go on from its cursor, 130 interrupted.
+as the write expected it, 8 a watch cannot continue from its cursor, 130 interrupted.
 """
 
 

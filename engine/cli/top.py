@@ -43,8 +43,8 @@ def top(
 ) -> None:
     """Show an engine live: health, calls per second, scopes by size and rate, saves, consumers, workers.
 
-    Needs the extra `tui`; --once does not, nor does a pipe, which gets one JSON object. Keys: q ends it, ? shows the
-    others. What goes away is waited for, and shown again when it is back.
+    Needs the extra `tui`; --once does not, nor does a pipe, which gets one JSON object. Keys: q quits, ? shows the
+    others. If the engine goes away, the view waits until it is back.
     """
     for_people = sys.stdout is not None and sys.stdout.isatty() and not as_json
     with errors_to_exit_codes(as_json=as_json):
@@ -112,7 +112,7 @@ def _show(source: Source, interval_s: float) -> None:
         if (error.name or "").startswith("scopestate"):
             raise
         raise typer.BadParameter(
-            f"the live view needs the extra `tui` ({error}): pip install 'scopestate[tui]'; --once does without"
+            f"the live view needs the extra `tui` ({error}): pip install 'scopestate[tui]'; --once works without it"
         ) from error
     # Log lines would be written over the view, which shows the same facts.
     nowhere = logging.NullHandler()

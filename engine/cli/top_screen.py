@@ -33,10 +33,10 @@ HELP: Final = """\
 1 2 3 4    scopes, calls, consumers, workers
 Tab        to the tabs; arrow keys choose one, or scroll a table
 s          sort the table by the next column
-p, space   pause, and go on
+p, space   pause or continue
 + -        read more often, less often
 ?          this help; Escape closes it
-q          end
+q          quit
 """
 
 Column = tuple[str, Callable[[Any], Any], Callable[[Any], str]]
@@ -245,7 +245,7 @@ class TopScreen(App[int]):
         """Stop reading, or continue."""
         self.paused = not self.paused
         self.sub_title = "paused" if self.paused else ""
-        self._trouble.update("paused: press p to go on" if self.paused else "")
+        self._trouble.update("paused: press p to continue" if self.paused else "")
         self._again()
 
     def action_interval(self, factor: float) -> None:

@@ -162,7 +162,7 @@ class RedisSource:
         found = reading_of(figures_of(self._engine, self._scopes), (), self.place, time.monotonic())
         # The calls of this engine are only those of `top` itself.
         return msgspec.structs.replace(
-            found, calls={}, totals={}, remark="from Redis: of other engines nothing is known"
+            found, calls={}, totals={}, remark="from Redis: nothing is known about other engines"
         )
 
     async def close(self) -> None:

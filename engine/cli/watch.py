@@ -65,20 +65,18 @@ def watch(
     scope: Annotated[str | None, typer.Option("--scope", "-s", help="Only this scope.")] = None,
     key: Annotated[str | None, typer.Option("--key", "-k", help="Only this key.")] = None,
     prefix: Annotated[
-        str | None, typer.Option("--prefix", "-p", help="Only keys that begin so.", metavar="TEXT")
+        str | None, typer.Option("--prefix", "-p", help="Only keys with this prefix.", metavar="TEXT")
     ] = None,
     since: Annotated[
-        str | None, typer.Option("--since", help="Begin behind this cursor, not now.", metavar="CURSOR")
+        str | None, typer.Option("--since", help="Begin after this cursor, not now.", metavar="CURSOR")
     ] = None,
-    snapshot: Annotated[
-        bool, typer.Option("--snapshot", help="Begin with what the keys have now; needs --scope.")
-    ] = False,
+    snapshot: Annotated[bool, typer.Option("--snapshot", help="Begin with the current values; needs --scope.")] = False,
     resync: Annotated[
         bool,
-        typer.Option("--resync", help="If changes are gone, go on with what the keys have then; needs --scope."),
+        typer.Option("--resync", help="If changes are gone, continue with the current values; needs --scope."),
     ] = False,
     cursors: Annotated[
-        bool, typer.Option("--cursors", "-c", help="With the cursor and the revision of each change.")
+        bool, typer.Option("--cursors", "-c", help="Include the cursor and the revision of each change.")
     ] = False,
     count: Annotated[int, typer.Option("--count", "-n", min=0, help="End after this many events; 0: no limit.")] = 0,
     url: Url = DEFAULT_URL,
@@ -89,10 +87,10 @@ def watch(
     """Print each change as it happens, on one line, until interrupted.
 
     On a terminal the lines are for people; in a pipe, or with --json, each is the event as JSON. If the connection is
-    lost, the command reconnects and goes on behind the last change that it has printed. If changes in between are gone,
-    it ends with exit code 8, or, with --resync, prints what the keys have then.
+    lost, the command reconnects and continues after the last change that it printed. If changes in between are gone,
+    it ends with exit code 8, or, with --resync, prints all current values.
 
-    An engine that cannot tell what was missed, such as iii, is watched all the same: changes without a connection are
+    An engine that cannot tell what was missed, such as iii, can be watched as well: changes without a connection are
     not shown then, which standard error says.
     """
     _check_options(scope, key, prefix, since, snapshot=snapshot, resync=resync)
@@ -334,7 +332,7 @@ class _Watch:
         """Begin anew after a compaction, if that was asked for. Otherwise raise the error of the watch."""
         if error.code in (FunctionNotFound.code, Forbidden.code) and not self._told:
             if error.code == FunctionNotFound.code:
-                raise Unsupported(self._needed[0], f"the engine at {client.url} is iii, or a scopestate from before it")
+                raise Unsupported(self._needed[0], f"the engine at {client.url} is iii or an older scopestate")
             raise error
         refusal = refusal_of(error)
         if isinstance(refusal, Compacted) and self._resync:

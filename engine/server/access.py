@@ -73,7 +73,7 @@ class Access:
     def check_call(self, function_id: str) -> None:
         """Refuse a function that may not be called."""
         if not self._functions(function_id):
-            raise Forbidden(f"the token of this connection does not allow to call {function_id!r}")
+            raise Forbidden(f"the token of this connection may not call {function_id!r}")
 
     def may_call(self, function_id: str) -> bool:
         """Return whether this function may be called."""
@@ -84,18 +84,18 @@ class Access:
         ours = function_id.startswith(ENGINE_NAMESPACES)
         if not (self._registers_ours if ours else self._registers)(function_id):
             raise Forbidden(
-                f"the token of this connection does not allow to register {what} {function_id!r}: see its `registers`"
+                f"the token of this connection may not register {what} {function_id!r}: see its `registers`"
             )
 
     def check_read(self, scope: str) -> None:
         """Refuse a scope that may not be read."""
         if not self._read(scope):
-            raise Forbidden(f"the token of this connection does not allow to read scope {scope!r}")
+            raise Forbidden(f"the token of this connection may not read scope {scope!r}")
 
     def check_write(self, scope: str) -> None:
         """Refuse a scope that may not be written."""
         if not self._write(scope):
-            raise Forbidden(f"the token of this connection does not allow to write scope {scope!r}")
+            raise Forbidden(f"the token of this connection may not write scope {scope!r}")
 
     def check_scope(self, scope: str, rights: tuple[Right, ...]) -> None:
         """Refuse a scope on which one of these rights is missing."""
@@ -115,8 +115,8 @@ class Access:
             self.check_read(scope)
         elif not self.covers("read", scope_prefix or ""):
             if scope_prefix is None:
-                raise Forbidden("the token of this connection does not allow a trigger on every scope: name one")
-            raise Forbidden(f"the token of this connection does not allow to read every scope {scope_prefix!r}...")
+                raise Forbidden("the token of this connection may not register a trigger on every scope: name one")
+            raise Forbidden(f"the token of this connection may not read every scope {scope_prefix!r}...")
 
     def check_trigger_call(self, function_id: str, scope: str | None, scope_prefix: str | None = None) -> None:
         """Refuse a function that a trigger would call with an event of `scope`; None: with any scope in its input.
@@ -129,7 +129,7 @@ class Access:
         if scope is not None:
             self.check_scope(scope, rights)
         elif not all(self.covers(right, scope_prefix or "") for right in rights):
-            raise Forbidden(f"the token of this connection does not allow {function_id!r} on every scope")
+            raise Forbidden(f"the token of this connection may not call {function_id!r} on every scope")
 
     def consumer(self, name: str) -> str:
         """Return the full name of the consumer that the bearer calls `name`.
@@ -310,7 +310,7 @@ class AccessCheck:
 def _read_tokens(auth: AuthConfig) -> dict[bytes, TokenConfig]:
     tokens = {_digest(token_of(token)): token for token in auth.tokens}
     if len(tokens) < len(auth.tokens):
-        raise ConfigError("two entries are the same token: which of them counts?", key="auth.tokens")
+        raise ConfigError("two entries have the same token; remove one of them", key="auth.tokens")
     return tokens
 
 

@@ -145,7 +145,7 @@ class Channels:
         """Close a channel whose other end was never connected, or that is idle; else check again later."""
         loop = asyncio.get_running_loop()
         if channel.writer is None or channel.reader is None:
-            channel.end(GOING, "its other end never came")
+            channel.end(GOING, "its other end never connected")
             return
         left_s = channel.moved + IDLE_S - loop.time()
         if left_s <= 0:

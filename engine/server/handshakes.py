@@ -189,7 +189,7 @@ class Handshakes:
             made_room = self._make_room(SLACK if crowded else 1)
             if crowded and (not made_room or accepted.fileno() >= self._highest + SLACK):
                 self._log.warning(
-                    "a connection was turned away: the process may have %d open files, and the last %d are kept for "
+                    "a connection was refused: the process may have %d open files, and the last %d are kept for "
                     "the engine; raise the limit (ulimit -n)",
                     self._descriptors,
                     _reserve(self._descriptors),
@@ -443,9 +443,9 @@ class Certificates:
             try:
                 self._context = self._read()
             except ConfigError as error:
-                log.warning("the renewed certificate was not taken up, the one before serves on: %s", error)
+                log.warning("the renewed certificate could not be loaded, and the previous one stays in use: %s", error)
             else:
-                log.info("the renewed certificate in %s was taken up", self._certfile)
+                log.info("the renewed certificate in %s was loaded", self._certfile)
         return self._context
 
     def _look(self) -> list[tuple[int, int, int] | None]:

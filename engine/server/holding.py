@@ -216,9 +216,9 @@ class Deliveries:
             elif silent_s > (CLAIM_S if place.worker is None else patience_s) or _is_gone(place):
                 del self._places[key]
                 self._hub.log.warning(
-                    "consumer %r: what a follower handles goes to another engine: %s",
+                    "consumer %r: the events that a follower was handling go to another engine: %s",
                     key[0],
-                    "its connection was lost" if place.worker is None else f"it said nothing for {silent_s:.3g} s",
+                    "its connection was lost" if place.worker is None else f"it sent nothing for {silent_s:.3g} s",
                 )
                 self._hub.spawn(self._dismiss(place))
         self._look_later()

@@ -74,9 +74,7 @@ CLOSE_WAIT_S: Final = 1.0
 STOPS: Final = "the server stops"
 """The reason given when connections are closed."""
 _WITHDRAWN: Final = "its token was withdrawn"
-_UNAUTHORISED: Final = encode(
-    Error(ErrorBody("AUTH_ERROR", "this server wants `Authorization: Bearer TOKEN` with a token it knows"))
-)
+_UNAUTHORISED: Final = encode(Error(ErrorBody("AUTH_ERROR", "send `Authorization: Bearer TOKEN` with a valid token")))
 
 
 class ServerStatus(Plain, msgspec.Struct, frozen=True):
@@ -126,7 +124,7 @@ class Server:
         given_engine: object = engine  # the program may pass anything
         if not isinstance(given_engine, Engine):
             raise ConfigError(
-                f"Server() takes an Engine, not {type(given_engine).__name__}: for a file or a mapping there is "
+                f"Server() takes an Engine, not {type(given_engine).__name__}: for a file or a mapping use "
                 "Server.from_config(...)"
             )
         engine._parts.config.adapter.config.refuse_server(self.config.host, self.config.port)
@@ -393,7 +391,9 @@ class Server:
         try:
             withdrawn = self._access_check.reload(AuthConfig() if config is None else config.auth)
         except ConfigError as error:
-            log.warning("the tokens of the new configuration were not taken up, those before stay: %s", error)
+            log.warning(
+                "the tokens of the new configuration could not be loaded, and the previous ones stay in use: %s", error
+            )
             return
         for worker in list(hub.workers.values()):
             if worker.access in withdrawn:
@@ -468,7 +468,7 @@ class Server:
             refusing = Refusing(_UNAUTHORISED, self._batches)
             refusing.belong_to(self._refusals)
             return refusing
-        return _refusal(HTTPStatus.UNAUTHORIZED, "this path wants `Authorization: Bearer TOKEN` with a token it knows")
+        return _refusal(HTTPStatus.UNAUTHORIZED, "send `Authorization: Bearer TOKEN` with a valid token")
 
     def _is_full(self, *, all_places: bool) -> bool:
         """Return whether one more connection is too many. The last are reserved for tokens that allow everything."""
@@ -500,7 +500,7 @@ class Server:
         admitted, access = self._access_check.admits(request.headers.get("authorization"))
         if not admitted:
             self._note_refused()
-            words = b"this path wants `Authorization: Bearer TOKEN` with a token it knows"
+            words = b"send `Authorization: Bearer TOKEN` with a valid token"
             return Response(HTTPStatus.UNAUTHORIZED, words, {"WWW-Authenticate": "Bearer"})
         if access is not None and not access.reads_metrics:
             self._note_refused()

@@ -392,7 +392,8 @@ class WorkerTriggers:
                 worker.close(POLICY, f"{waiting} events wait for its function {function_id!r}")
             elif silent_s >= patience_s:
                 worker.close(
-                    POLICY, f"{waiting} events wait for its function {function_id!r}, as many as may, and it is silent"
+                    POLICY,
+                    f"{waiting} events wait for its function {function_id!r}, the most allowed, and it does not answer",
                 )
             at_most[worker] = at_most.get(worker, 0) + handler.waiting_bytes(exactly=False)
             handlers.setdefault(worker, []).append(handler)

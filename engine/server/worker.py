@@ -340,7 +340,7 @@ def verdict_in(outcome: InvocationResult) -> RetryLater | Discard | None:
         return None if verdict.retry_later is None else RetryLater(verdict.retry_later)
     except (msgspec.DecodeError, RecursionError, ValueError) as problem:
         raise RemoteFailure(
-            outcome.function_id, "serialization_error", f"what it says of its delivery cannot be read: {problem}"
+            outcome.function_id, "serialization_error", f"what it reports about its delivery cannot be read: {problem}"
         ) from problem
 
 

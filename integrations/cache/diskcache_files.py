@@ -70,7 +70,7 @@ def databases(directory: str | os.PathLike[str]) -> list[str]:
         raise StoreUnusable(f"{top} cannot be read: {error.strerror}") from error
     found = [os.path.join(top, name) for name in names if os.path.isfile(os.path.join(top, name, DATABASE))]
     if not found:
-        raise StoreUnusable(f"{top} is no directory of diskcache: it has no {DATABASE}, and no folder 000 with one")
+        raise StoreUnusable(f"{top} is not a directory of diskcache: it has no {DATABASE}, and no folder 000 with one")
     return found
 
 

@@ -120,7 +120,7 @@ def import_diskcache(
                 if progress is not None and report.read % _STEP_KEYS == 0:
                     progress(report)
         except (sqlite3.Error, OSError) as error:
-            behind = "" if last is None else f" behind row {last}, so later entries were not read"
+            behind = "" if last is None else f" after row {last}, so later entries were not read"
             report.problems.append(f"{found}: {error}{behind}")
         importing.write()
     if progress is not None:

@@ -32,7 +32,7 @@ class Limits:
     def __init__(self, size_limit: int | None, max_entries: int | None) -> None:
         for name, limit in (("size_limit", size_limit), ("max_entries", max_entries)):
             if limit is not None and (type(limit) is not int or limit < 1):
-                raise DeserializationError(f"`{name}` is a whole number from 1 on, or None, not {limit!r:.40}")
+                raise DeserializationError(f"`{name}` is a whole number of 1 or more, or None, not {limit!r:.40}")
         self._bytes = math.inf if size_limit is None else size_limit
         self._entries = math.inf if max_entries is None else max_entries
         self._bounded = size_limit is not None or max_entries is not None

@@ -88,7 +88,7 @@ class _Computing:
             return unpack(stored) if lease is None else await self._compute(name, mine, args, kwargs)
         except Exception as error:  # noqa: BLE001 - whatever the function raises
             mine.outcome = Outcome()
-            log.warning("%s could not be computed anew before it expires: %s: %s", name, class_name(error), error)
+            log.warning("%s could not be recomputed before it expires: %s: %s", name, class_name(error), error)
             return unpack(stored)
         finally:
             memo.end(name, mine)
@@ -139,4 +139,4 @@ class _Computing:
             except Conflict:
                 pass  # the lease has ended, and may belong to another process
             except ScopestateError as error:
-                log.warning("the lease of %s ends by itself, it could not be given back: %s", name, error)
+                log.warning("the lease of %s could not be given back; it ends on its own: %s", name, error)

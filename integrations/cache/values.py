@@ -152,7 +152,7 @@ def _refusal(value: Any) -> str:
             return f"a {class_name(value)} would be read back as a {base.__name__}: store {base.__name__}(value)"
     return (
         f"a cache does not hold a {class_name(value)}: it holds JSON, bytes, tuples, sets, dates and numbers, and "
-        "pickles nothing. Store what it is made of, such as a dict of its fields"
+        "pickles nothing. Store its parts, such as a dict of its fields"
     )
 
 
@@ -206,7 +206,7 @@ def _untyped(value: Any) -> Any:
         return _READERS[value[MARK]](value["v"])
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise DeserializationError(
-            f"this is no value of a cache: {value!r:.80}; was it written by a newer version, or by hand?"
+            f"this is not a value of a cache: {value!r:.80}; was it written by a newer version, or by hand?"
         ) from error
 
 
@@ -258,7 +258,7 @@ def added(key: Any, stored: Any, delta: float, default: float | None) -> Any:
         return pack(default + delta)
     value = value_of(stored)
     if isinstance(value, bool) or not isinstance(value, (int, float, decimal.Decimal)):
-        raise TypeError(f"the value of {key!r:.80} is no number but a {class_name(value)}: nothing is added to it")
+        raise TypeError(f"the value of {key!r:.80} is not a number but a {class_name(value)}: nothing was added to it")
     return pack(value + delta, tag_of(stored))  # type: ignore[operator]  # a Decimal takes whole numbers
 
 
@@ -342,7 +342,7 @@ def call_name(base: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         return base + _to_json(parts).decode() + _to_json(named).decode()
     except UnicodeEncodeError as error:
         raise InvalidValue(
-            "arguments", f"text with half of a surrogate pair, which is no character: {error}"
+            "arguments", f"text with half of a surrogate pair, which is not a character: {error}"
         ) from error
 
 

@@ -266,9 +266,9 @@ class BridgeBackend(Backend):
             return
         except (NotConnected, EngineClosed) as error:
             if not self.leaving:
-                raise StorageError(f"it is not known what is saved: {error}") from error
+                raise StorageError(f"cannot find out what is saved: {error}") from error
         except ScopestateError as error:
-            raise StorageError(f"it is not known what is saved: {error}") from error
+            raise StorageError(f"cannot find out what is saved: {error}") from error
 
     def problem(self) -> str | None:
         """Return what is wrong now, as text; None if all is well."""

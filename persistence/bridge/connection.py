@@ -145,7 +145,7 @@ class BridgeConnection:
             left = until - time.monotonic()
             if left <= 0:
                 self.close()
-                raise Broken("the other engine does not take in what is sent")
+                raise Broken("the other engine does not read what is sent")
             if _is_there(self._sock, left):
                 self.receive()
             if sent := self._try_to_send(bytes(rest[:_PART])):
@@ -338,7 +338,7 @@ class BridgeConnection:
         elif kind == _CONTINUATION and self._fragmented:
             self._take_fragment(payload, last=last)
         else:
-            self._note(self._fail(1002, f"a frame of kind {kind} where it cannot be"))
+            self._note(self._fail(1002, f"an unexpected frame of kind {kind}"))
 
     def _take_fragment(self, payload: bytes, *, last: bool) -> None:
         self._fragment_bytes += len(payload) + (0 if last else _PIECE)

@@ -176,7 +176,7 @@ class RemoteConsumers(Consumers):
                 return _AGAIN_S
             except ScopestateError as error:
                 if port.problem is None:
-                    log.error("consumer %r does not go on: %s", port.name, error)  # noqa: TRY400 - the text says it all
+                    log.error("consumer %r does not continue: %s", port.name, error)  # noqa: TRY400 - the text says it all
                 port.problem = f"consumer {port.name!r} gets no events: {error}"
                 return _REFUSED_S
         if port.is_joined and not port.stopping:
@@ -199,7 +199,9 @@ class RemoteConsumers(Consumers):
                     port.keep()
                 except ScopestateError as error:
                     log.warning(
-                        "consumer %r: what this engine holds goes to others a moment later: %s", port.name, error
+                        "consumer %r: the events that this engine holds go to other engines a moment later: %s",
+                        port.name,
+                        error,
                     )
 
     async def end(self) -> None:

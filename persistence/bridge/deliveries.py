@@ -208,7 +208,7 @@ class RemotePort(ConsumerPort):
                     self._begin([(position, 0) for position, _ in begun], 0)
                     raise
                 # They are safe there, and come again from the engine that answers next.
-                log.debug("consumer %r: attempts could not be noted: %s", self.name, error)
+                log.debug("consumer %r: attempts could not be recorded: %s", self.name, error)
                 gone += [position for position, _ in begun]
         if gone:
             self._forget(gone)
@@ -276,7 +276,7 @@ class RemotePort(ConsumerPort):
             with self._saying:
                 return self._say(resolve=(position, self._serials.get(position, 0))).acknowledged
         except ScopestateError as error:
-            log.debug("what became of a transaction of %s:%d is not known: %s", self.name, position, error)
+            log.debug("the outcome of a transaction of %s:%d is not known: %s", self.name, position, error)
             return False  # if it has happened, the next attempt is not this engine's
 
     def full(self, letters: int) -> bool:
@@ -463,7 +463,9 @@ class RemotePort(ConsumerPort):
         """The other engine does not know this one: it is another one now, or has dismissed this one."""
         self.is_joined = False
         if forgotten:
-            log.warning("consumer %r was forgotten in another engine, and begins anew: its trigger is here", self.name)
+            log.warning(
+                "consumer %r was forgotten in another engine, and starts again because its trigger is here", self.name
+            )
             held = list(self._held)
             self._arrived.clear()
             self.take_outcomes()

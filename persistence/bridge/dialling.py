@@ -178,4 +178,4 @@ def _parsed(head: bytes) -> Response:
     except StopIteration as done:
         response: Response = done.value
         return response
-    raise EOFError("its answer to the handshake is not all there")
+    raise EOFError("its answer to the handshake is incomplete")

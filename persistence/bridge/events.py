@@ -398,7 +398,7 @@ class RemoteEvents:
             except Compacted as error:
                 if error.reason == "lost in a crash" and error.oldest not in (None, self.cursor):
                     # What was lost never was, so no event of it is missing.
-                    log.warning("bridge: triggers were told of changes that the owner before has not saved")
+                    log.warning("bridge: triggers were fired for changes that the previous owner had not saved")
                     self.cursor = error.oldest
                 else:
                     self._report_lost(error)

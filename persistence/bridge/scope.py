@@ -292,7 +292,7 @@ class BridgeScope(LeadingScope):
         self._refuse_if_closed(depth)
         if len(self._open) >= self.mailbox_limit:
             raise Overloaded(
-                f"{len(self._open)} calls on {self.name} are under way, as many as scope_mailbox allows; nothing was "
+                f"{len(self._open)} calls on {self.name} are in progress, as many as scope_mailbox allows; nothing was "
                 "done: slow down, or raise the limit"
             )
         if turn.writes:

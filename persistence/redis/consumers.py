@@ -157,7 +157,7 @@ class RedisConsumers(Consumers):
     def resume(self, name: str) -> bool:
         known, lost = self._pause(name, "")
         if int(lost):
-            log.error("consumer %r goes on; it has lost %d events that were trimmed before it had them", name, lost)
+            log.error("consumer %r continues; %d of its events were trimmed before it read them", name, lost)
         return bool(known)
 
     def _pause(self, name: str, why: str) -> Any:

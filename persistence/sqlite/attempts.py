@@ -165,7 +165,8 @@ class AttemptsFile:
         if not self._failed:
             self._failed = True
             log.warning(
-                "attempts of durable triggers cannot be noted in %s (%s): those that a kill cuts off will not count",
+                "attempts of durable triggers cannot be recorded in %s (%s): those that are interrupted by a kill "
+                "will not be counted",
                 self._path,
                 error.strerror or error,
             )
@@ -191,7 +192,7 @@ class AttemptsFile:
             else:
                 damaged = True
         if damaged:
-            log.warning("%s is damaged: attempts that it held may not count", self._path)
+            log.warning("%s is damaged: attempts that it recorded may not be counted", self._path)
         self._size = len(data)
         if damaged or len(data) % _RECORD.size:
             self._rewrite()

@@ -83,7 +83,9 @@ def rebuild(old_uri: str, path: str, connect: Connect = connect) -> int:
             "SELECT scope, sequence FROM old.scopes WHERE sequence > ? LIMIT 100", (_HIGHEST,)
         ):
             log.warning(
-                "scope %r had the number %d, above what can be held: it goes on behind its keys", scope, sequence
+                "scope %r had the number %d, above the highest one: it continues after the revisions of its keys",
+                scope,
+                sequence,
             )
         connection.execute(_EXTENTS)
         keys = connection.execute(_STATE).rowcount

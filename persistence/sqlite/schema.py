@@ -315,7 +315,7 @@ def probe(connection: sqlite3.Connection) -> None:
     if [[type(fact) for fact in row] for row in connection.execute(read)] != [[str, int, int, int, int]]:
         raise DamagedError("its table `store` does not have one row with an id and numbers, or `epochs` is empty")
     if number(connection, "SELECT count(*) FROM epochs WHERE typeof(position) != 'integer'"):
-        raise DamagedError("its table `epochs` has a position that is no number")
+        raise DamagedError("its table `epochs` has a position that is not a number")
     for table, orders in _BOTH_ENDS.items():
         for order in orders:
             columns, backwards = f"SELECT {order} FROM {table}", order.replace(",", " DESC,")  # noqa: S608 - ours
@@ -400,7 +400,8 @@ _LETTERS: Final = """
 
 def _find_in_journal(connection: sqlite3.Connection) -> list[str]:
     problems = [
-        f"scope {scope!r} is noted with {events} changes of {size} bytes in the journal, which has {found} of {bytes_}"
+        f"scope {scope!r} is recorded with {events} changes of {size} bytes in the journal, which has {found} of "
+        f"{bytes_}"
         for scope, events, size, found, bytes_ in connection.execute(_WRONG_SIZES)
     ]
     problems += [
@@ -408,7 +409,7 @@ def _find_in_journal(connection: sqlite3.Connection) -> list[str]:
         for position, problem in connection.execute(_NO_PLACE_IN_THE_JOURNAL)
     ]
     problems += [
-        f"the change at position {position} of the journal, of scope {scope!r}, stands before an earlier one"
+        f"the change at position {position} of the journal, of scope {scope!r}, comes before an earlier one"
         for position, scope in connection.execute(_OUT_OF_ORDER)
     ]
     problems += [

@@ -283,6 +283,6 @@ def test_durable_triggers_that_serve_refuses_are_mistakes(
         (7, "triggers[2].durable"),
     ]
     assert "has durability memory" in found[1]["problem"]
-    assert found[2]["problem"] == "triggers[0] has the name 'one' already: a name is for one durable trigger"
+    assert found[2]["problem"] == "triggers[0] has the name 'one' already: a name belongs to one durable trigger"
     [error] = cli("config", "check", "memory.yaml", "--json", "--registered-later").json["errors"]
     assert (error["line"], error["key"]) == (2, "triggers[0].durable")

@@ -237,7 +237,7 @@ def test_an_import_into_an_engine_that_ends_early_says_how_to_go_on(
     ended = running.signal(signal.SIGINT)
 
     assert ended.code == 130, "it had ended before the signal came"
-    assert "to go on, repeat the import with --merge" in ended.err
+    assert "to continue, repeat the import with --merge" in ended.err
     file.write_bytes(b"".join(lines(100)))
     assert cli("store", "import", server.url, str(file)).code == 4
     assert cli("store", "import", server.url, str(file), "--merge").code == 0

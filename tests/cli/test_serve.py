@@ -101,7 +101,7 @@ def test_without_a_file_state_is_in_memory(program: type[Program], cli: Run) -> 
     served = program("serve", "--port", "0", "--json")
     facts = json.loads(served.line())
 
-    assert facts["state"] == "in memory: gone when this ends"
+    assert facts["state"] == "in memory: lost when this process ends"
     assert cli("set", "s", "k", "1", "--url", facts["url"]).code == 0
     assert served.signal(signal.SIGTERM).code == 0
 
@@ -253,7 +253,7 @@ def test_the_status_line_says_what_is_not_saved_yet(cli: Run, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("adapter", "words"),
     [
-        (AdapterConfig("kv"), "in memory: gone when this ends"),
+        (AdapterConfig("kv"), "in memory: lost when this process ends"),
         (AdapterConfig("kv", KvOptions("file_based", "/data", durability="commit")), "/data, saved on each write"),
         (AdapterConfig("bridge", BridgeOptions("ws://far:1", token="s3cret")), "bridge to ws://far:1, local events"),
     ],

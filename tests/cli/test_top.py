@@ -114,7 +114,7 @@ def test_the_keyboard_sorts_pauses_and_shows_the_tables(server: Server, engine: 
         assert app.interval_s == 0.25
         await pilot.press("p")
         assert app.paused
-        assert "press p to go on" in screen_text(pilot)
+        assert "press p to continue" in screen_text(pilot)
         await pilot.press("space")
         before = app.readings
         await until(lambda: app.readings > before, pilot)

@@ -89,7 +89,7 @@ def test_a_lost_connection_is_told_and_made_again(program: type[Program], engine
     [
         ({"functions": [IDS], "registers": [IDS]}, "theirs", "theirs"),
         ({"functions": [IDS]}, "mine", "registers"),
-        ({"registers": [IDS]}, "mine", "does not allow to call"),
+        ({"registers": [IDS]}, "mine", "may not call"),
     ],
 )
 def test_a_watch_that_is_not_allowed_ends_with_the_reason(

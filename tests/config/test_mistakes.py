@@ -91,15 +91,15 @@ MISTAKES: list[tuple[str, int | None, str | None, str]] = [
         "limits: {}\nscopes: []\nlimits: {}",
         3,
         "limits",
-        "this key stands here twice, first on line 1; keep one of them",
+        "this key appears twice, first on line 1; keep one of them",
     ),
     (
         "limits:\n  scope_mailbox: 1\n  'scope_mailbox': 2",
         3,
         "limits.scope_mailbox",
-        "this key stands here twice, first on line 2; keep one of them",
+        "this key appears twice, first on line 2; keep one of them",
     ),
-    ("- name: x\n- {a: 1, a: 2, name: y}", 2, "[1].a", "this key stands here twice, first on line 2; keep one of them"),
+    ("- name: x\n- {a: 1, a: 2, name: y}", 2, "[1].a", "this key appears twice, first on line 2; keep one of them"),
     ("limits: {[a]: 1}", 1, "limits", "a key must be plain text, not a list or a mapping"),
     ("limits: {? {a: 1} : 1}", 1, "limits", "a key must be plain text, not a list or a mapping"),
     ("scopes: &s []\nlimits: {*s : 1}", 2, "limits", "a key must be plain text, not a list or a mapping"),
@@ -240,7 +240,7 @@ MISTAKES: list[tuple[str, int | None, str | None, str]] = [
         "scopes:\n- name: a\n  durability: commit\n  ttl_from: write",
         4,
         "scopes[0].ttl_from",
-        "`ttl_from` says nothing without `ttl_ms`",
+        "`ttl_from` has no effect without `ttl_ms`",
     ),
     (
         "scopes: [{name: a, ttl_ms: -1}]",
@@ -268,7 +268,7 @@ MISTAKES: list[tuple[str, int | None, str | None, str]] = [
         "limits",
         "YAML tag !!python/object/apply:os.system is not allowed; write a plain value",
     ),
-    ("a: &x [*x]", 1, "a[0]", "alias *x stands inside of what it refers to"),
+    ("a: &x [*x]", 1, "a[0]", "alias *x is inside the value that it refers to"),
     ("a: *nowhere", 1, "a", "alias *nowhere refers to no anchor above it"),
     ('limits: "\\uD800"', 1, "limits", "text with a lone surrogate escape, which no file or JSON can hold"),
 ]
@@ -409,7 +409,7 @@ class TestUnreadable:
         path = tmp_path / "big.yaml"
         path.write_bytes(b"#" * (1024 * 1024 + 1))
 
-        assert self.text_for(path) == "the file is larger than 1048576 bytes; this is no configuration"
+        assert self.text_for(path) == "the file is larger than 1048576 bytes; this is not a configuration"
 
     def test_a_file_that_is_not_utf_8(self, tmp_path: Path) -> None:
         path = tmp_path / "latin.yaml"

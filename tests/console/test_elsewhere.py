@@ -99,5 +99,5 @@ def test_a_right_that_is_missing_is_said_and_the_rest_of_the_page_is_there(tmp_p
             assert "ada" in visit(bridged).page("keys?scope=users")
             text = text_of(visit(bridged).page("triggers"))
             assert "They cannot be read" in text
-            assert "The other engine does not tell" in text
+            assert "Not available from the other engine" in text
             assert "Last errors" in text

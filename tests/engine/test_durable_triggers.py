@@ -699,7 +699,7 @@ def test_a_name_that_has_another_function_already_is_logged(opened: Opener, capl
 
     [message] = caplog.messages
     assert "'ship'" in message
-    assert "'second' in place of 'first'" in message
+    assert "'second' instead of 'first'" in message
 
 
 def test_what_cannot_be_is_refused_with_what_may_be(opened: Opener) -> None:

@@ -204,7 +204,7 @@ def test_a_clock_that_is_set_back_revives_nothing_and_puts_nothing_off(world: Wo
     assert engine.ttl("s", "b") == 10.0
     world.dispatcher.run_until_idle()
     assert engine.health().problems == (
-        "the time of day was set back: deadlines go by a clock that is 3600 s ahead of it",
+        "the time of day was set back: deadlines follow a clock that is 3600 s ahead of it",
     )
     world.dispatcher.advance(10.05)
 
@@ -359,8 +359,8 @@ def test_a_full_handler_holds_expired_keys_back_and_loses_none(world: World, cap
     assert engine.list("s") == []
     assert 0 < engine.stats().expired < 1000
     [problem] = engine.health().problems
-    assert problem == "expired keys of scope 's' are not removed, which is tried again: a handler's mailbox is full"
-    assert sum("not removed" in record.message for record in caplog.records) == 1
+    assert problem == "expired keys of scope 's' could not be removed and will be retried: a handler's mailbox is full"
+    assert sum("could not be removed" in record.message for record in caplog.records) == 1
     open_at[0] = 0
     world.dispatcher.advance(60)
 

@@ -169,7 +169,7 @@ def test_a_configured_function_cannot_take_a_built_in_id_and_the_store_is_free_a
 
 @pytest.mark.parametrize("config", ["engine.yaml", {}, Path("engine.yaml")], ids=repr)
 def test_a_file_or_a_mapping_is_for_from_config(config: Any) -> None:
-    with pytest.raises(ConfigError, match=r"there is Engine\.from_config\(\.\.\.\)"):
+    with pytest.raises(ConfigError, match=r"use Engine\.from_config\(\.\.\.\)"):
         Engine(config)
 
 

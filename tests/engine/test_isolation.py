@@ -785,7 +785,7 @@ def test_reports_that_wait_for_a_hook_that_blocks_are_bounded_and_counted(
     until(lambda: engine.stats().dropped == 19)
 
     [problem] = engine.health().problems
-    assert problem == f"{19 - most} failed deliveries were not reported: the hooks, or the log, are behind"
+    assert problem == f"{19 - most} failed deliveries were not reported: the hooks or the log are too slow"
     hook.open()
     until(lambda: engine.health().ok)
     assert len(told.all) == most

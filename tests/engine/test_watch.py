@@ -273,7 +273,7 @@ def test_arguments_that_make_no_sense_are_refused_before_anything_begins(
     [
         ({"prefx": "a"}, r"'prefx': did you mean 'prefix'\?"),
         ({"since": 1.5}, "the cursor is not text"),
-        ({"known": [("s", "a")]}, "`known` says nothing without"),
+        ({"known": [("s", "a")]}, "`known` has no effect without"),
         ({"known": [("s", "a", 1)], "on_compacted": "resync"}, r"pairs \(scope, key\), not \('s', 'a', 1\)"),
         ({"known": ["ab"], "on_compacted": "resync"}, r"pairs \(scope, key\), not 'ab'"),
     ],

@@ -116,7 +116,7 @@ def test_what_other_programs_have_written_is_read_as_it_is() -> None:
             engine.set("cache", name, 1)
         assert set(cache) >= {"~", "~x", "~b!", "~[1", "~ione"}
         engine.set("cache", "k", {"~": "typed", "v": {"~": "datetime", "v": "soon"}})
-        with pytest.raises(DeserializationError, match="no value of a cache"):
+        with pytest.raises(DeserializationError, match="not a value of a cache"):
             cache["k"]
 
 

@@ -308,7 +308,7 @@ def test_a_damaged_database_is_told_and_its_good_part_is_carried(old: diskcache.
 
 
 def test_what_is_no_diskcache_is_refused(tmp_path: Path, cache: Cache) -> None:
-    with pytest.raises(StoreUnusable, match="no directory of diskcache"):
+    with pytest.raises(StoreUnusable, match="not a directory of diskcache"):
         import_diskcache(tmp_path, cache)
     with pytest.raises(StoreUnusable, match="cannot be read"):
         import_diskcache(tmp_path / "missing", cache)

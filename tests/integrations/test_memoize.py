@@ -335,4 +335,4 @@ def test_a_lease_that_cannot_be_given_back_is_logged(cache: Cache, caplog: pytes
 
     with pytest.raises(EngineClosed):
         end()
-    assert "ends by itself" in caplog.text
+    assert "ends on its own" in caplog.text

@@ -80,11 +80,11 @@ def test_a_write_with_another_revision_raises_and_changes_nothing(stored: Stored
 
 
 def test_the_text_of_a_conflict_says_what_was_expected_and_what_was_found(stored: Stored) -> None:
-    with pytest.raises(Conflict, match=r"key 'a' .* expected to have revision 9, and has revision 1; nothing was"):
+    with pytest.raises(Conflict, match=r"key 'a' .* expected to have revision 9 but has revision 1; nothing was"):
         stored.run(SetWith("a", b"1", 9))
-    with pytest.raises(Conflict, match="expected not to exist, and has revision 1"):
+    with pytest.raises(Conflict, match="expected not to exist but has revision 1"):
         stored.run(SetWith("a", b"1", 0))
-    with pytest.raises(Conflict, match="revision 3, and does not exist"):
+    with pytest.raises(Conflict, match="revision 3 but does not exist"):
         stored.run(SetWith("x", b"1", 3))
 
 

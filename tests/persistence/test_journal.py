@@ -587,7 +587,7 @@ def test_a_full_disk_is_reported_once_and_half_a_record_taken_back(
     adapter.journal.note_attempts([(1, 2, 1)])
     adapter.journal.note_attempts([(1, 3, 1)])
 
-    assert caplog.text.count("cannot be noted") == 1
+    assert caplog.text.count("cannot be recorded") == 1
     monkeypatch.undo()
     adapter.journal.note_attempts([(1, 4, 1)])
     crash(adapter)

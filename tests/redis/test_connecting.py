@@ -49,7 +49,7 @@ def test_rules_for_scopes_are_said_to_do_nothing(valkey: Server, caplog: pytest.
     rules = {"scopes": [{"prefix": "tmp:", "durability": "memory"}]}
 
     with Engine.from_config(config_at(valkey.url) | rules):
-        assert "`durability` under `scopes:` does nothing with the adapter redis" in caplog.text
+        assert "`durability` under `scopes:` has no effect with the adapter redis" in caplog.text
 
 
 # --------------------------------------------------------------------------------------------------------- addresses

@@ -453,7 +453,7 @@ def test_a_channel_that_is_idle_or_incomplete_ends(
     monkeypatch.setattr(channels, "IDLE_S", 0.2)
     worker = connect()
     half = end_of(server, worker.call("engine::channels::create", {})["reader"])
-    assert half.closed_with() == (1012, "its other end never came")
+    assert half.closed_with() == (1012, "its other end never connected")
     refs = worker.call("engine::channels::create", {})
     writer, reader = end_of(server, refs["writer"]), end_of(server, refs["reader"])
     writer.send("hello")
@@ -612,7 +612,7 @@ def test_a_silent_worker_is_cut_off_however_small_the_mailbox_is(
 
         assert code == 1008
         assert "events wait for its function 'silent'" in reason
-        assert reason.endswith("as many as may, and it is silent")
+        assert reason.endswith("the most allowed, and it does not answer")
         assert other.call("state::set", {"scope": "s", "key": "k", "value": 1})
         engine.set("s", "k", 2)
 
@@ -663,7 +663,7 @@ def test_a_call_that_times_out_is_no_answer_of_a_silent_worker(connect: OpenRaw)
         writer = threading.Thread(target=write)
         writer.start()
         try:
-            assert silent.closed_with()[1].endswith("as many as may, and it is silent")
+            assert silent.closed_with()[1].endswith("the most allowed, and it does not answer")
         finally:
             stop.set()
             writer.join(PATIENCE_S)

@@ -52,7 +52,7 @@ def test_a_worker_gets_health_counts_and_scopes(server: Server, connect: OpenRaw
     told = worker.call("engine::metrics", {})
 
     assert told["version"] == scopestate.__version__
-    assert told["state"] == "in memory: gone when this ends"
+    assert told["state"] == "in memory: lost when this process ends"
     assert told["health"]["ok"] is True
     assert told["stats"]["calls"]["state::set"] == 2
     assert (told["server"]["workers"], told["server"]["calls"]) == (1, 2)

@@ -112,7 +112,7 @@ def test_a_conflict_carries_its_facts(connect: OpenRaw) -> None:
     error = worker.ask("state::set", {"scope": "s", "key": "k", "value": 2, "if_revision": 7})["error"]
 
     assert error["code"] == "CONFLICT"
-    assert "expected to have revision 7, and has revision 1" in error["message"]
+    assert "expected to have revision 7 but has revision 1" in error["message"]
     conflict = {"index": 0, "key": "k", "expected_revision": 7, "revision": 1}
     assert error["details"] == {
         "scope": "s",

@@ -69,7 +69,7 @@ def test_the_functions_that_scopestate_adds(sdk: str, start_sdk: OpenSdk) -> Non
     assert call("delete-range", prefix="") == {"deleted": 2, "more": False}
     late = worker.error_of("state::set", {"scope": "s", "key": "b", "value": 1, "if_revision": 4})
     assert late["code"] == "CONFLICT"
-    assert "expected to have revision 4, and does not exist" in late["message"]
+    assert "expected to have revision 4 but does not exist" in late["message"]
 
     assert worker.stop() == 0
 

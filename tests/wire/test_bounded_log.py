@@ -11,7 +11,7 @@ from scopestate.wire import bounded_log
 from scopestate.wire.bounded_log import BURST, BURST_INFO, LONGEST, PERIOD_S, BoundedLog, shown
 
 NAME = "scopestate.test"
-FURTHER = f"further lines like the one before are left out for {PERIOD_S:g} s"
+FURTHER = f"further lines like the previous one are left out for {PERIOD_S:g} s"
 
 
 class Clock:

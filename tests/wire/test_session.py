@@ -109,7 +109,7 @@ def test_dropped_messages_are_logged_ten_times_at_most(caplog: pytest.LogCapture
 
     dropped = [record for record in caplog.records if "worker-1" in record.message]
     assert len(dropped) == 10
-    assert caplog.records[-1].message.startswith("further lines like the one before are left out")
+    assert caplog.records[-1].message.startswith("further lines like the previous one are left out")
 
 
 def test_too_many_messages_that_are_none_close_the_connection() -> None:
