@@ -19,7 +19,7 @@ from scopestate.errors import WouldDeadlock
 log: Final = Log("scopestate.scope")
 
 LONG_S: Final = 0.25
-"""A function that runs longer is logged: other callers of its scope have waited for it."""
+"""A function that runs longer is logged: other callers of its scope may have waited for it."""
 
 _METHODS: Final = ("modify", "transact")
 
@@ -29,7 +29,7 @@ IN_CALLBACK: Final[dict[int, str]] = {}
 Nearly always empty, which every call of the engine checks."""
 
 if hasattr(os, "register_at_fork"):
-    # Threads that run functions are not there in a forked child, and new ones may get their ids.
+    # Threads that run functions do not exist in a forked child, and new threads may get their ids.
     os.register_at_fork(after_in_child=IN_CALLBACK.clear)
 
 
@@ -40,7 +40,8 @@ def run_callback(name: str, scope: str, function: Callable[[Any], Any], argument
     """
     me = get_ident()
     began = monotonic()
-    # No call between entering and leaving the table but that of the function: an interruption cannot leave it there.
+    # Between entering and leaving the table only the function is called, so an interruption cannot leave the entry
+    # behind.
     try:
         IN_CALLBACK[me] = name
         return function(argument)

@@ -43,18 +43,18 @@ MANY_ENDED: Final = 1000
 """This many outcomes are saved at once; fewer wait for the next save, at most `SAVED_AFTER_S`."""
 SAVED_AFTER_S: Final = 0.1
 SETTLE_AGAIN_S: Final = 0.05
-"""How long a look at what is not over waits for news: a pause that ends makes none."""
+"""How long a check of open deliveries waits for a wake-up: the end of a pause causes none."""
 LOOK_AGAIN_S: Final = 0.05
-"""While a consumer is behind: when it looks again for events whose saves have overtaken one another."""
+"""While a consumer is behind: how soon it checks again for events whose saves have overtaken one another."""
 
 JOURNAL_FULL: Final = "journal full"
-"""Why a consumer is paused by the bound of the journal; what it has lost by that follows."""
+"""The reason of a pause by the limit of the journal; the number of lost events follows."""
 _TRIMMED: Final = "of its events were trimmed before it had them"
 _LOST: Final = re.compile(f"{JOURNAL_FULL}; ([0-9]+) {_TRIMMED}")
 
 
 class Filter(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Which scopes a consumer needs, as the store keeps it: its events are kept also while it has no trigger."""
+    """Which scopes a consumer needs, as the store keeps it: its events are kept even while it has no trigger."""
 
     scope: str | None = None
     scope_prefix: str | None = None
@@ -68,8 +68,8 @@ class Filter(msgspec.Struct, frozen=True, omit_defaults=True):
 class JournalConsumer(ConsumerPort):
     """One consumer of a store's journal.
 
-    Committed events come from the saving actor. What does not fit into memory, and what an earlier session has left,
-    is read from the journal in pages. While that goes on, new events are collected again from the moment a page is
+    Committed events come from the saving actor. Events that do not fit into memory, and those that an earlier session
+    has left, are read from the journal in pages. Meanwhile, new events are collected again from the moment a page is
     read: each is either on a page, or collected after it.
     """
 
@@ -97,7 +97,7 @@ class JournalConsumer(ConsumerPort):
         """How many events it has lost because the journal was full; None: it is not paused for that reason."""
         self._max_dead = 0
         self._handler: Holder | None = None
-        """What takes its events in this engine, also if its trigger was unregistered."""
+        """Takes its events in this engine, even if its trigger was unregistered."""
         self._running: Callable[[], Mapping[int, int]] = dict
         self.trigger: Trigger | None = None
         """The trigger that takes its events; None: there is none."""
@@ -135,7 +135,7 @@ class JournalConsumer(ConsumerPort):
             held = {} if known is None else {position: hold.begun for position, hold in list(known.holds.items())}
             held = {**held, **running()}
             joined = shared.join(here, [(position, attempt, 0) for position, attempt in held.items()])
-            if joined is None:  # sharing has ended at this moment
+            if joined is None:  # sharing has just ended
                 self.start(trigger, wake, lost, running)
                 return
             gone = joined
@@ -151,7 +151,7 @@ class JournalConsumer(ConsumerPort):
         return [position for position in running if position not in self._progress.open]
 
     def follow(self, trigger: Trigger) -> None:
-        """Read what this trigger wants from now on."""
+        """From now on, read the events that this trigger wants."""
         self.trigger = trigger
         self._max_dead = trigger.max_dead
         wanted = Filter.of(trigger)
@@ -167,7 +167,7 @@ class JournalConsumer(ConsumerPort):
             self._exclusive.run(self._forget_live)
 
     def share(self) -> SharedConsumer:
-        """Return what divides its events among engines, from now on. Raises StorageError."""
+        """Return the object that divides its events among engines from now on. Raises StorageError."""
         with self.reading:
             if self.shared is None:
                 shared = SharedConsumer(self, self._owner.now_ms, self._owner.dispatcher.monotonic)
@@ -177,7 +177,7 @@ class JournalConsumer(ConsumerPort):
                     shared.expect(
                         Holder(HERE, handler.trigger, handler.since_ms, handler.wake, handler.lost, monotonic)
                     )
-                # First: what ends from here on is told to both.
+                # First: deliveries that end from here on are reported to both.
                 self.shared = shared
                 if self._owner.expects_claims and self._progress.has_begun:
                     shared.expect_claims()
@@ -204,14 +204,14 @@ class JournalConsumer(ConsumerPort):
         return self._owner.expects_claims and self._progress.has_begun
 
     def end_sharing(self) -> None:
-        """This engine alone takes the events from now on."""
+        """Stop sharing: from now on this engine alone takes the events."""
         shared = self.shared
         here = None if shared is None else shared.here
         if here is not None:
             self._wake, self._lost, self._handler, self.shared = here.wake, here.lost, here, None
 
     def open_items(self) -> list[Held]:
-        """Return what was fetched and is not over, in order."""
+        """Return the deliveries that were fetched and are not over, in order."""
         positions = self._exclusive.run(self._open_positions)
         return [Held(event) for event in self._journal.read_at(positions)]
 
@@ -248,7 +248,7 @@ class JournalConsumer(ConsumerPort):
             self._live_bytes = 0
 
     def committed(self, events: Sequence[StateEvent], size: int, settled: int) -> None:
-        """Take events that are on disk now, and the bytes of their values. On the saving thread."""
+        """Take events that are now on disk, with the bytes of their values. On the saving thread."""
         if self._exclusive.run(self._committed, events, size, settled):
             self.wake()
 
@@ -268,7 +268,7 @@ class JournalConsumer(ConsumerPort):
         return bool(events)
 
     def wake(self) -> None:
-        """There may be something to fetch. From any thread."""
+        """Wake the handler: there may be something to fetch. From any thread."""
         wake = self._wake
         if wake is not None and self.trigger is not None:
             wake()
@@ -300,7 +300,7 @@ class JournalConsumer(ConsumerPort):
         return found
 
     def _fetch_live(self, trigger: Trigger, most: int) -> tuple[list[Held], tuple[int, int] | None]:
-        """Return what is in memory; else from where to where a page is to be read, or None."""
+        """Return the events in memory; if there are none, the bounds of the page to read, or None."""
         progress, live = self._progress, self._live
         found: list[Held] = []
         self._collects = True
@@ -340,13 +340,13 @@ class JournalConsumer(ConsumerPort):
             if trigger is None or trigger.matches(event):
                 found.append(held)
             else:
-                self._progress.lost(event.position)  # its trigger has other filters now
+                self._progress.lost(event.position)  # its trigger now has other filters
         return found
 
     def _take_page(
         self, trigger: Trigger, events: list[StateEvent], floor: int, settled: int
     ) -> tuple[list[Held], float | None]:
-        """Return what is on a page, and after how many seconds there may be more; None: when it is woken."""
+        """Return the events of a page, and after how many seconds there may be more; None: when it is woken."""
         progress = self._progress
         found = [
             progress.held(event)
@@ -357,11 +357,11 @@ class JournalConsumer(ConsumerPort):
         known = set(self._left)
         self._left += [position for position in progress.overlooked() if position not in known]
         if progress.floor >= self._behind_to:
-            # What was collected since the page was asked for, and is not on it, follows.
+            # Events that were collected since the page was requested, and are not on it, follow.
             self._live = deque([event for event in self._live if event.position > progress.floor])
             self._live_bytes = sum(map(size_of, self._live))
             return found, 0.0 if self._live else None
-        # Nothing to read although there is more: a save has overtaken another one.
+        # Nothing to read although there is more: one save has overtaken another.
         return found, LOOK_AGAIN_S if progress.floor == floor else 0.0
 
     # ------------------------------------------------------------------------------------------------------ outcomes
@@ -374,22 +374,22 @@ class JournalConsumer(ConsumerPort):
         here = shared.here
         gone = [position for position, _ in attempts] if here is None else shared.began(here, attempts)
         if gone and self._handler is not None:
-            self._handler.lost(gone)  # they were given to another engine meanwhile
+            self._handler.lost(gone)  # they were given to another engine in the meantime
 
     def note(self, attempts: Sequence[tuple[int, int]]) -> None:
-        """Note attempts that begin, wherever they do."""
+        """Record attempts that begin, in whichever engine."""
         number = self.number
         self._journal.note_attempts([(number, position, attempt) for position, attempt in attempts])
 
     def ended(self, outcomes: Sequence[Outcome]) -> None:
         is_taken = self.shared is None
         if is_taken:
-            # As `take`, without a call more for each event.
+            # As `take`, without one more call for each event.
             self._ended += outcomes
             self._owner.note_ended(many=len(self._ended) >= MANY_ENDED)
         told = None
         while (shared := self.shared) is not None and shared is not told:
-            # Again, if sharing has begun in between, with these as open.
+            # Again, if sharing has begun in between with these as open deliveries.
             here = shared.here
             if here is not None:
                 shared.ended(here, outcomes, is_taken=is_taken)
@@ -398,7 +398,7 @@ class JournalConsumer(ConsumerPort):
             told, is_taken = shared, True
 
     def take(self, outcomes: Sequence[Outcome]) -> None:
-        """Note how attempts have ended, wherever they did."""
+        """Record how attempts have ended, in whichever engine."""
         self._ended += outcomes
         self._owner.note_ended(many=len(self._ended) >= MANY_ENDED)
 
@@ -416,13 +416,13 @@ class JournalConsumer(ConsumerPort):
 
     @exclusive
     def collect(self) -> ConsumerChange | None:
-        """Return what the save that is being made has to write."""
+        """Return what the current save has to write."""
         self._settle_ended()
         return None if self.forgotten else self._progress.change()
 
     @exclusive
     def saved(self, change: ConsumerChange) -> None:
-        """What `collect` has returned is on disk."""
+        """Note that the result of `collect` is on disk."""
         self._progress.saved(change)
 
     def transaction(self, position: int, scope: str) -> Any:
@@ -431,7 +431,7 @@ class JournalConsumer(ConsumerPort):
                 "a transaction of a delivery", f"what is written to scope {scope!r} is never saved (durability memory)"
             )
         if not self._exclusive.run(self._join, position):
-            # Another engine, or a transaction whose answer was lost, has acknowledged it: no effect may come twice.
+            # Another engine, or a transaction whose answer was lost, has acknowledged it: no effect may happen twice.
             raise Unsupported("a delivery that is over", f"'{self.name}:{position}' was handled before")
         return ((self.number, position),)
 
@@ -453,7 +453,7 @@ class JournalConsumer(ConsumerPort):
 
     @exclusive
     def joined_is_saved(self, position: int) -> None:
-        """The transaction that acknowledges this delivery is on disk."""
+        """Note that the transaction that acknowledges this delivery is on disk."""
         self._progress.joined_is_saved(position)
 
     # --------------------------------------------------------------------------------------------------------- state
@@ -471,7 +471,7 @@ class JournalConsumer(ConsumerPort):
 
     @exclusive
     def read_from_disk(self) -> None:
-        """A new consumer begins before what is told from now on."""
+        """Read from disk first: a new consumer begins before the events that are announced from now on."""
         self._behind_to = max(self._behind_to, self._settled, self._owner.feed.position)
 
     def pause(self, why: str) -> None:
@@ -479,7 +479,7 @@ class JournalConsumer(ConsumerPort):
         self._journal.pause_consumer(self.number, why)
 
     def set_paused(self, why: str | None) -> None:
-        """Note that it is paused, or not."""
+        """Record that it is paused, or not."""
         if why is None and self.trimmed:
             log.error(
                 "consumer %r continues; the journal was full, and %d of its events were trimmed",
@@ -491,17 +491,17 @@ class JournalConsumer(ConsumerPort):
 
     @exclusive
     def behind(self) -> int:
-        """Return about how many events wait for it, in constant time; those of other scopes count too."""
+        """Return approximately how many events wait for it, in constant time; events of other scopes are included."""
         self._settle_ended()
         return len(self._progress.open) + max(self._settled - self._progress.floor, 0)
 
     def pause_as_full(self) -> None:
-        """The journal is full, and this is the slowest consumer: it may lose events from now on."""
+        """Pause it, because the journal is full and it is the slowest consumer: it may lose events from now on."""
         log.error("the journal is full: consumer %r is paused, and its oldest events are trimmed", self.name)
         self.pause(JOURNAL_FULL)
 
     def lose(self, positions: Sequence[int]) -> bool:
-        """Lose these events, its oldest ones. False: something is to be saved first. On the saving thread."""
+        """Lose these events, its oldest ones. False: something must be saved first. On the saving thread."""
         lost = self._exclusive.run(self._losing, positions)
         if lost is None:
             return False
@@ -556,7 +556,7 @@ class JournalConsumer(ConsumerPort):
         return not (self._left or self._live) and self._progress.floor >= min(mark, self._settled)
 
     def reopen(self, deliveries: Sequence[Pending]) -> None:
-        """Dead letters of it are deliveries again. They are fetched as those that an earlier session has left."""
+        """Make deliveries of its dead letters again. They are fetched like those that an earlier session has left."""
         self._exclusive.run(self._reopen, deliveries)
         self._recount()
         self.wake()
@@ -570,7 +570,7 @@ class JournalConsumer(ConsumerPort):
                 self._left.append(pending.position)
 
     def purged(self, held: Sequence[int]) -> None:
-        """Dead letters were removed, some of them perhaps its own: what these positions held back goes on."""
+        """Continue the lanes that these positions held back: dead letters were removed, perhaps also its own."""
         self._exclusive.run(self._purged, held)
         self._recount()
         if self._lost is not None and held:
@@ -601,7 +601,7 @@ class JournalConsumers(Consumers):
         limits: Limits,
         claim_s: float = 0.0,
     ) -> None:
-        """`claim_s`: how many seconds engines that join may claim what was begun in the session before."""
+        """`claim_s`: for how many seconds joining engines may claim what was begun in the previous session."""
         self._claims_end_s = dispatcher.monotonic() + claim_s
         self.journal = journal
         self.feed = feed
@@ -631,7 +631,7 @@ class JournalConsumers(Consumers):
         consumer.interest = self.feed.want(wanted.scope, wanted.scope_prefix or "", consumer.number)
 
     def change_filter(self, consumer: JournalConsumer, wanted: Filter) -> None:
-        """Have the events of other scopes kept for a consumer."""
+        """Keep events of other scopes for a consumer from now on."""
         old, consumer.filter = consumer.interest, wanted
         self.journal.change_filter(consumer.number, _text(wanted))
         consumer.interest = self.feed.want(wanted.scope, wanted.scope_prefix or "", consumer.number)
@@ -657,12 +657,12 @@ class JournalConsumers(Consumers):
         return consumer
 
     def claims_left_s(self) -> float:
-        """Return for how many seconds what was begun in the session before may be claimed."""
+        """Return for how many more seconds what was begun in the previous session may be claimed."""
         return max(self._claims_end_s - self.dispatcher.monotonic(), 0.0)
 
     @property
     def expects_claims(self) -> bool:
-        """True while engines that handle what was begun in the session before may join."""
+        """True while engines that handle what was begun in the previous session may join."""
         return self.claims_left_s() > 0
 
     def share(self, name: str, trigger: Trigger) -> SharedConsumer:
@@ -702,7 +702,7 @@ class JournalConsumers(Consumers):
         return position_of(trigger.start, self.feed, self.journal)
 
     def _all(self) -> list[JournalConsumer]:
-        # A copy, not the guard: that is held while the disk is waited for, and the health of an engine must not wait.
+        # A copy, without the guard: it is held during waits for the disk, and the health of an engine must not wait.
         by_name = self._by_name.copy()
         return [by_name[name] for name in sorted(by_name)]
 
@@ -727,7 +727,7 @@ class JournalConsumers(Consumers):
         if consumer is None:
             return False
         if why is not None and consumer.trimmed is not None:
-            return True  # what it has lost is told when it is resumed
+            return True  # what it has lost is reported when it is resumed
         self.journal.pause_consumer(consumer.number, why)
         consumer.set_paused(why)
         return True
@@ -753,14 +753,14 @@ class JournalConsumers(Consumers):
         return [*[why for why in (self.feed.over, self.bound.problem) if why], *map(standing_by, standing)]
 
     def lag(self, after: int, floor: int) -> tuple[int, int]:
-        """Return how many events are behind `floor`, and when the oldest one behind `after` was made (ms; 0: none)."""
+        """Return how many events are after `floor`, and when the oldest one after `after` was made (ms; 0: none)."""
         oldest = self.journal.read(after, most=1)
         return self.journal.count_behind(floor), oldest[0].time_ms if oldest else 0
 
     # ---------------------------------------------------------------------------------------------------------- saves
 
     def committed(self, events: Sequence[StateEvent]) -> None:
-        """These events are on disk now. On the saving thread, after each save."""
+        """Take these events, which are now on disk. On the saving thread, after each save."""
         self.settled = self.journal.settled
         size = sum(map(size_of, events))
         for consumer in list(self._by_number.values()):
@@ -768,7 +768,7 @@ class JournalConsumers(Consumers):
         self.bound.look(events, size)
 
     def note_ended(self, *, many: bool) -> None:
-        """Attempts have ended: save at once if there are many, else soon."""
+        """Save that attempts have ended: at once if there are many, else soon."""
         if many:
             self.flush_soon()
         elif not self._asked:
@@ -776,19 +776,20 @@ class JournalConsumers(Consumers):
             self._snapshot.save_acks_soon(SAVED_AFTER_S)
 
     def flush_soon(self) -> None:
-        """Have everything saved that has ended."""
+        """Arrange that all ended deliveries are saved soon."""
         if not self._many:
             self._many = True
             self._snapshot.save_acks_soon(0.0)
 
     def flush(self) -> None:
-        """Return when what has ended is saved. Raises StorageError."""
+        """Return once all ended deliveries are saved. Raises StorageError."""
         self._snapshot.ask(Flush()).get()
 
     def collect(self, *, everything: bool) -> list[ConsumerChange]:
-        """Return what the save that is being made has to write of consumers. On the saving thread.
+        """Return what the current save has to write about consumers.
 
-        Each save could write a little. Without `everything` it does so now and then, or if there is much.
+        On the saving thread. Each save could write a little. Without `everything` it only does so from time to time, or
+        if there is much.
         """
         now_s = self.dispatcher.monotonic()
         if not everything and not self._many and now_s < self._next_s:
@@ -802,13 +803,13 @@ class JournalConsumers(Consumers):
         return [change for _, change in self._collected]
 
     def saved(self) -> None:
-        """What `collect` has returned last is on disk; if it is not, it is returned again by the next call."""
+        """Note that the last result of `collect` is on disk. Without this call, the next `collect` returns it again."""
         for consumer, change in self._collected:
             consumer.saved(change)
         self._collected = []
 
     def acks_saved(self, acks: Iterable[tuple[int, int]]) -> None:
-        """These acknowledgements of transactions are on disk, as consumer and position."""
+        """Note that these acknowledgements of transactions, as consumer and position, are on disk."""
         for number, position in acks:
             consumer = self._by_number.get(number)
             if consumer is not None:
@@ -817,7 +818,7 @@ class JournalConsumers(Consumers):
     # --------------------------------------------------------------------------------------------------- dead letters
 
     def _number_of(self, consumer: str | None) -> int | None:
-        """Return the number of a consumer; -1, which none has, for one that is not there."""
+        """Return the number of a consumer; -1, which no consumer has, if it does not exist."""
         if consumer is None:
             return None
         found = self._by_name.get(consumer)
@@ -879,7 +880,7 @@ class JournalConsumers(Consumers):
 
 
 def trimmed_of(why: str | None) -> int | None:
-    """Return how many events a consumer has lost to a full journal, by why it is paused; None: for another reason."""
+    """Return how many events a consumer has lost to a full journal, by the reason of its pause; None: another one."""
     if why == JOURNAL_FULL:
         return 0
     found = _LOST.fullmatch(why or "")
@@ -891,7 +892,7 @@ def _text(wanted: Filter) -> str:
 
 
 def _id(letter_id: str) -> int:
-    """Return the number of a letter. -1, which none has, for what is no id."""
+    """Return the number of a letter; -1, which no letter has, for a text that is not an id."""
     return int(letter_id) if letter_id.isascii() and letter_id.isdigit() and len(letter_id) < 19 else -1
 
 

@@ -1,4 +1,4 @@
-"""Which scopes of an engine are in memory: how one is found, and when it leaves."""
+"""The scopes of an engine that are in memory: how they are found, and when they leave."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Directory(dict[str, ScopeActor]):
     """Scope name -> its actor. Looking up a scope that is not in memory makes its actor.
 
     Thread rules: a look-up is a single dict operation. Making an actor and letting one go exclude each other: an actor
-    takes its table of triggers along from the router, which forgets the table when the scope leaves memory.
+    gets its table of triggers from the router, which forgets the table when the scope leaves memory.
     """
 
     def __init__(self, make: Callable[[str], ScopeActor]) -> None:
@@ -61,7 +61,7 @@ class Directory(dict[str, ScopeActor]):
 
     @exclusive
     def replace(self, actor: ScopeActor) -> ScopeActor | None:
-        """Put a new actor in the place of one that hands over to it, and return it. None: it was not there."""
+        """Replace an actor by a new one, to which it hands over, and return the new one. None: it was not there."""
         if self.get(actor.scope) is not actor:
             return None
         successor = self._make(actor.scope)
@@ -104,9 +104,9 @@ class Slice(msgspec.Struct, frozen=True):
 class Housekeeper(TurnActor):
     """Passivates idle scopes (docs/design/0003-turns.md).
 
-    Every half of `passivate_after_s` it checks each scope in memory: one that was used since the last check is marked,
-    one that was not is asked to leave. So a scope leaves after between half and all of that time without a call. It
-    stays while it has unsaved changes or is busy, and for good if it is never saved and has been written to. Time is
+    Every half of `passivate_after_s` it checks each scope in memory: a scope that was used since the last check is
+    marked, any other is asked to leave. So a scope leaves after between half and all of that time without a call. It
+    stays while it has unsaved changes or is busy, and permanently if it is never saved and has been written to. Time is
     that of the dispatcher.
     """
 

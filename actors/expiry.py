@@ -1,4 +1,4 @@
-"""The actor that has scopes remove expired keys. It decides when, and how many at a time."""
+"""The actor that makes scopes remove expired keys. It decides when, and how many at a time."""
 
 from __future__ import annotations
 
@@ -32,16 +32,17 @@ WINDOW_S: Final = 0.01
 _ALMOST_S: Final = 0.0001
 """What is left of a window that has ended: sums of seconds are not exact."""
 KEYS_OF_A_WINDOW: Final = 1000
-"""Keys that are removed in each window at most, in all scopes together: the rest of the time is for other work."""
+"""The most keys that are removed in each window, over all scopes: the rest of the time is for other work."""
 LONGEST_S: Final = 1.0
-"""The longest sleep while keys have deadlines. A clock that is set forward, and a suspended machine, wake no timer."""
+"""The longest sleep while keys have deadlines. Neither a clock that is set forward nor the end of a suspend wakes a
+timer."""
 FIRST_PAUSE_S: Final = 0.05
-"""The pause after a removal that was refused. It doubles with each further one."""
+"""The pause after a refused removal. It doubles with each further refusal."""
 LONGEST_PAUSE_S: Final = 10.0
 FULL_PAUSE_S: Final = 1.0
 """The longest pause for a handler that is full."""
 AHEAD_MS: Final = 60_000
-"""A time of day that was set back by more than this is a problem too: deadlines that are moments come early."""
+"""A time of day that was set back by more than this is a problem too: deadlines given as a time of day come early."""
 OVERDUE_MS: Final = 10_000
 """Keys that are not removed this many milliseconds after their deadline are reported as a health problem."""
 
@@ -55,28 +56,28 @@ class Look(msgspec.Struct, frozen=True):
 
 
 class Expect(msgspec.Struct, frozen=True):
-    """A scope must be looked at by a time, in milliseconds since the epoch."""
+    """A scope must be checked by a time, in milliseconds since the epoch."""
 
     scope: str
     ms: int
 
 
 class Answered(msgspec.Struct, frozen=True, eq=False):
-    """The turn that a scope was asked for has ended."""
+    """The turn that a scope was asked to run has ended."""
 
     asked: _Asked
     reply: Reply[Expired]
 
 
 class _Asked(msgspec.Struct, eq=False):
-    """A turn that removes keys of one scope, on its way."""
+    """A turn that removes keys of one scope, and has not ended."""
 
     scope: str
     actor: ScopeActor
     limit: int
     window_s: float
     expected_ms: int = NEVER
-    """When the scope must be looked at again at the latest, according to messages that came since."""
+    """The latest time at which the scope must be checked again, according to messages that came since."""
 
 
 class _Refused(msgspec.Struct):

@@ -40,19 +40,21 @@ RING_EVENTS: Final = 100_000
 RING_BYTES: Final = 64 << 20
 """The most bytes that the ring holds. The newest change is always there."""
 OVERHEAD: Final = 500
-"""Bytes that a change in the ring takes beside its new value. Its old value is mostly that of an earlier change."""
+"""Bytes that a change in the ring takes in addition to its new value. Its old value is usually that of an earlier
+change."""
 SAVE_BYTES: Final = 16 << 20
 """If this many bytes wait to be written into the journal, they are saved before the interval is over."""
 MOST_UNSAVED_BYTES: Final = 256 << 20
 """If this many bytes wait, because saving is slow or fails, writers wait."""
 MOST_INCOMING: Final = 10_000
-"""Changes that may wait for their positions, where nothing else needs them."""
+"""Changes that may wait for their positions if nothing else needs them."""
 SOONEST_S: Final = 1.0
 """The shortest pause between two looks for watches that have ended."""
 PRIMED_EVENTS: Final = 1_000
 """How many of the newest changes in the journal are read when this engine follows another one."""
 PRIMED_S: Final = 15.0
-"""How long every scope is fed then. Watches of the earlier engine return within that time, or need a `history` rule."""
+"""For how long every scope is fed then. Watches of the earlier engine return within that time, or need a `history`
+rule."""
 LINGER_S: Final = 60.0
 """How long a scope stays fed after its last watch ended, for a watch that returns with its cursor."""
 
@@ -61,7 +63,7 @@ class Feed:
     """The changes of all fed scopes of one engine, in one order.
 
     Thread rules: scopes write `incoming` in their stretches; `number` and what is below it run on worker threads, where
-    no signal handler comes in between; all other methods may be called from any thread. A guard keeps them apart.
+    no signal handler can interrupt them; all other methods may be called from any thread. A guard keeps them apart.
     """
 
     over = ""
@@ -69,16 +71,16 @@ class Feed:
     primed = 0
     """The position after which `prime` has entered everything."""
     _room = _room_bytes = sys.maxsize
-    """So much may be unsaved until it is."""
+    """How many changes, and bytes, may be unsaved before the journal is full."""
 
     def __init__(self, dispatcher: Dispatcher, wake: Callable[[], object], triggers: TriggerTable) -> None:
-        """`wake` has a worker thread call `number` soon."""
+        """`wake` makes a worker thread call `number` soon."""
         self.incoming: dict[int, StateEvent] = {}
-        """id -> event, in the order of the changes. A dict: what was entered can be taken back without any memory."""
+        """id -> event, in the order of the changes. A dict: an entry can be removed again without allocating memory."""
         self.awaited: dict[object, None] = {}
         """The watches that wait for a change, and this feed itself if there are durable triggers."""
         self.position = 0
-        """The last position that was given."""
+        """The last position that was assigned."""
         self.epoch = 0
         self.store_id = ""
         self.cursors = ManyCursors("", 0)
@@ -87,7 +89,7 @@ class Feed:
         self._rules: Rules | None = None
         """What the journal must keep."""
         self.past: Past | None = None
-        """Where changes are that the ring no longer has; None: nowhere."""
+        """Where to read changes that the ring no longer has; None: nowhere."""
         self._numbered_elsewhere = False
         self.now_ms: Callable[[], int] = lambda: 0
         self._dispatcher = dispatcher
@@ -111,19 +113,19 @@ class Feed:
         self._later: list[StateEvent] = []
         """Changes after one that is not settled."""
         self._holds: dict[Hold, int] = {}
-        """Commits under way, with the position of their first change."""
+        """Running commits, with the position of their first change."""
         self.save_soon: Callable[[list[str]], object] = lambda scopes: None
-        """Has these scopes saved before the interval is over."""
+        """Called to save these scopes before the interval is over."""
         self._soon: dict[str, None] = {}
         self._unsaved = 0
         """Approximate bytes of the changes that must be written into the journal."""
         self._unsaved_events = 0
         self._commits = False
-        """True if there was a scope whose changes are not counted there, as they are saved by commits."""
+        """True if there was a scope whose changes are not counted in `_unsaved`, because commits save them."""
         self.full = False
-        """True if these are too many, or the journal is full."""
+        """True if too many bytes are unsaved, or the journal is full."""
         self.made_room: Callable[[], object] = lambda: None
-        """Tells writers that wait that there may be room."""
+        """Called to tell waiting writers that there may be room."""
         self._committed: list[Callable[[Sequence[StateEvent]], object]] = []
         self._dropped: list[Watcher] = []
         """Watches that are no longer referenced."""
@@ -152,10 +154,10 @@ class Feed:
         self._floor = self._shown = self.position
 
     def prime(self) -> None:
-        """Begin where the engine has ended that had the store before: with the newest changes of the journal.
+        """Begin where the engine that had the store before has ended: with the newest changes of the journal.
 
-        Watches of that engine are about to come with their cursors, also of scopes of which no change is kept: every
-        scope is fed for a while. Before the first change of this engine. Raises StorageError.
+        Watches of that engine are about to come with their cursors, even for scopes of which no change is kept: every
+        scope is fed for a while. Called before the first change of this engine. Raises StorageError.
         """
         journal = self.journal
         if journal is None:
@@ -175,7 +177,7 @@ class Feed:
         self._ring.clear()
         self._floor = self.primed = behind
         self._ring.extend(events)
-        # Not those of the scopes: whether a crash took back a revision, only the journal can tell.
+        # Not the revisions of the scopes: only the journal can tell whether a crash took back a revision.
         self._ring_bytes = sum([len(event.new_json or b"") for event in events]) + OVERHEAD * len(events)
 
     def connect_elsewhere(self, store_id: str, past: Past, epoch: int, position: int) -> None:
@@ -213,7 +215,7 @@ class Feed:
     def _arrive(self, scope: str, position: int, make: Callable[[], StateEvent | None]) -> list[Watcher]:
         woken: list[Watcher] = []
         if position <= self.position:
-            return woken  # it came before, and its reader was interrupted then
+            return woken  # it came before, and its reader was interrupted at that time
         event = make() if self.is_wanted(scope) else None
         self.position = position
         events: list[StateEvent] = []
@@ -244,9 +246,9 @@ class Feed:
     def want(
         self, scope: str | None, prefix: str = "", consumer: int | None = None, *, began: int | None = None
     ) -> Interest:
-        """Have a scope fed, or all scopes with a prefix, from the next turn of each on.
+        """Feed a scope, or all scopes with a prefix, from the next turn of each on.
 
-        `began`: everything of them behind this position was entered already, or there was nothing.
+        `began`: every change of them after this position was entered already, or there was none.
         """
         interest, new = self._exclusive.run(self._want, (scope, prefix, consumer), began)
         if new:
@@ -258,11 +260,11 @@ class Feed:
         if found is not None:
             found.users += 1
             return found, False
-        # What was entered before was not for it.
+        # Changes that were entered before are not for it.
         if began is None and not self._numbered_elsewhere:
             self.position += 1
             if not self._holds:
-                # Or the cursor of a watch that has seen nothing yet would stand before the begin of its interest.
+                # Otherwise the cursor of a watch that has seen nothing yet would be before the start of its interest.
                 self._shown = self.position
         interest = self._interests.add(what, self.position if began is None else began)
         interest.users = 1
@@ -288,12 +290,12 @@ class Feed:
     def _end_interest(self, interest: Interest) -> None:
         self._interests.remove(interest)
         self._await_durable()
-        # Changes that are not entered from now on come after every cursor that was given before.
+        # Changes that are not entered from now on come after every cursor that was handed out before.
         if not self._numbered_elsewhere:
             self.position += 1
 
     def _await_durable(self) -> None:
-        """Have writers wake the router if there are durable triggers."""
+        """Make writers wake the router if there are durable triggers."""
         if self._interests.durable:
             self.awaited[self] = None
         else:
@@ -308,7 +310,7 @@ class Feed:
             self._exclusive.run(self._refresh, interest.scope)
 
     def history_changed(self) -> None:
-        """The rules of the configuration have changed."""
+        """Apply rules of the configuration that have changed."""
         self._give_rules()
         self._triggers.refeed(None)
         self._exclusive.run(self._refresh, None)
@@ -344,7 +346,7 @@ class Feed:
             feed = weak()
             return None if feed is None else feed._rules
 
-        # Weakly: the store is kept until it has saved what an engine that was dropped has left in memory.
+        # A weak reference: the store lives until it has saved what a dropped engine has left in memory.
         self.journal.follow(rules)
 
     def on_committed(self, callback: Callable[[Sequence[StateEvent]], object]) -> None:
@@ -354,11 +356,11 @@ class Feed:
     # ------------------------------------------------------------------------------------------------------ numbering
 
     def is_waited_for(self) -> bool:
-        """True if there is something to number, and a watch that sleeps, or a durable trigger, may want it."""
+        """True if there is a change to number, and a sleeping watch or a durable trigger may want it."""
         return bool(self.incoming and self.awaited)
 
     def number(self) -> None:
-        """Give positions to the changes that were entered, and hand them on. On a worker thread."""
+        """Assign positions to the changes that were entered, and pass them on. On a worker thread."""
         if self.incoming or self._dropped:
             deliver_to(self._exclusive.run(self._number))
             if self._soon:
@@ -375,7 +377,7 @@ class Feed:
                 (self._scopes.get(name) or self._make_scope(name), list(group))
                 for name, group in groupby(batch, _scope_of)
             ]
-            # Up to here all can be done once more, if memory is refused.
+            # Up to here, everything can be repeated if memory is refused.
             for scope, events in runs:
                 self._note_unsaved(scope, events)
             deque(map(incoming.__delitem__, map(id, batch)), 0)
@@ -390,7 +392,7 @@ class Feed:
         return woken
 
     def _lose_all(self) -> None:
-        """Memory was refused in the middle: no watch can tell what it has, so each must begin again."""
+        """Break all watches: memory was refused in the middle, so no watch knows what it has. Each must begin again."""
         self._ring.clear()
         self._later.clear()
         self._ring_bytes, self._floor, self._shown = 0, self.position, self.position
@@ -437,7 +439,7 @@ class Feed:
         self._unsaved += size
         self._unsaved_events += len(events)
         if self._unsaved_events > self._room or self._unsaved - OVERHEAD * self._unsaved_events > self._room_bytes:
-            # Measured by the save, which says more.
+            # The save measures it, and knows more.
             self.over = self.over or "the journal is full with what is to be saved"
             self._soon[scope.name] = None
         self.full = bool(self.over) or self._unsaved >= MOST_UNSAVED_BYTES
@@ -456,11 +458,11 @@ class Feed:
                 for change in made:
                     for watcher in by_key.get(change.key, ()):
                         watcher.take(scope.name, (change,), woken)
-        # Behind the watches: one that finds nothing to read may go on from here.
+        # After the watches got them: one that finds nothing to read may continue from here.
         scope.last = events[-1].revision
 
     def _show(self, events: list[StateEvent], woken: list[Watcher]) -> None:
-        """Put settled changes into the ring and hand them to watches of many scopes, behind all that come first."""
+        """Put settled changes into the ring and hand them to watches of many scopes, after all earlier changes."""
         if self._later or self._holds:
             self._later += events
             self._later.sort(key=_position)
@@ -478,7 +480,7 @@ class Feed:
                 changes = list(group) if watchers else []
                 for watcher in watchers:
                     watcher.take(name, _real(changes) if everything and not watcher.everything else changes, woken)
-        # As of a scope: behind the watches. Positions that were never shown to anyone are passed too.
+        # As for a scope: after the watches got them. Positions that were never shown are passed too.
         self._shown = self.position if not self._holds else min(self._holds.values()) - 1
         if len(self._ring) > RING_EVENTS or self._ring_bytes > RING_BYTES:
             self._trim()
@@ -497,7 +499,7 @@ class Feed:
                 scope.ring.popleft()
                 scope.floor = event.revision
         if too_large:
-            # What waits for a watch may take no more memory than the ring does.
+            # Changes that wait for a watch may take no more memory than the ring does.
             for watcher in self.watchers():
                 watcher.drop_up_to(self._floor)
 
@@ -512,7 +514,7 @@ class Feed:
     # -------------------------------------------------------------------------------------------------------- commits
 
     def hold(self, events: list[StateEvent]) -> Hold | None:
-        """Give positions to the changes of a commit that begins. They are not shown before `settle`."""
+        """Assign positions to the changes of a commit that begins. They are not shown before `settle`."""
         return self._exclusive.run(self._hold, events) if events else None
 
     def _hold(self, events: list[StateEvent]) -> Hold:
@@ -525,11 +527,11 @@ class Feed:
         return held
 
     def settle(self, held: Hold) -> None:
-        """The commit is on disk: show its changes. A second time it does nothing."""
+        """Show the changes of a commit, which is on disk. A second call does nothing."""
         deliver_to(self._exclusive.run(self._settle, held, shown=True))
 
     def drop(self, held: Hold) -> None:
-        """The commit has failed: its positions stay unused. A second time it does nothing."""
+        """Drop the changes of a failed commit: their positions stay unused. A second call does nothing."""
         deliver_to(self._exclusive.run(self._settle, held, shown=False))
 
     def _settle(self, held: Hold, *, shown: bool) -> list[Watcher]:
@@ -552,7 +554,8 @@ class Feed:
     def take(self, scope: str, revision: int) -> tuple[list[StateEvent], int | None]:
         """Return the numbered changes of an interval scope up to a revision that no save has taken, for the journal.
 
-        And the revision behind which all of them were entered. Nothing, and None, of a scope that is not journaled.
+        And the revision after which all of them were entered. An empty list, and None, for a scope that is not
+        journaled.
         """
         fed = self._scopes.get(scope)
         if fed is None:
@@ -577,7 +580,7 @@ class Feed:
 
     @exclusive
     def take_held(self, batch: Batch) -> tuple[list[StateEvent], int | None]:
-        """As `take`, for the changes of a commit. It may be asked again."""
+        """As `take`, for the changes of a commit. It may be called again."""
         fed = self._scopes.get(batch.actor.scope)
         if fed is None or not fed.journaled or batch.held is None:
             return [], None
@@ -585,7 +588,7 @@ class Feed:
 
     @exclusive
     def settled(self, batches: Sequence[Batch] = ()) -> int:
-        """Return the position up to which everything is on disk when what `take` has given is, and these commits."""
+        """Return the position up to which everything is on disk once these commits and all results of `take` are."""
         done = {batch.held for batch in batches}
         first = self.position + 1
         for scope in list(self._behind.values()):
@@ -599,7 +602,7 @@ class Feed:
         return min([first, *held]) - 1
 
     def must_wait(self, scope: str) -> bool:
-        """Return whether a write to a scope must wait, because too much of what was changed is not saved yet."""
+        """Return whether a write to a scope must wait because too many changes are not saved yet."""
         if not self.full:
             return False
         fed = self._scopes.get(scope)
@@ -608,7 +611,7 @@ class Feed:
         return fed is not None and fed.journaled and fed.kept == "interval" and self._unsaved >= MOST_UNSAVED_BYTES
 
     def set_room(self, over: str, events: int, size: int) -> None:
-        """Note why the journal is full ("": it is not), and how much more it may get. On the saving thread."""
+        """Record why the journal is full ("": it is not), and how much more it may get. On the saving thread."""
         self._exclusive.run(self._set_room, over, events, size)
         if not self.full:
             self.made_room()
@@ -618,7 +621,7 @@ class Feed:
         self.full = bool(over) or self._unsaved >= MOST_UNSAVED_BYTES
 
     def committed(self, events: Sequence[StateEvent]) -> None:
-        """These journaled changes are on disk now, in order of position. For the actor that saves."""
+        """Note that these journaled changes are on disk; they are in order of position. For the actor that saves."""
         if events:
             self._exclusive.run(self._count_saved, events)
         for callback in self._committed:
@@ -631,7 +634,7 @@ class Feed:
         if self._commits:
             scopes = self._scopes
             saved = sum(1 for event in events if (fed := scopes.get(event.scope)) is None or fed.kept == "interval")
-        # Their bytes are taken to be the average: adding them up takes as long as saving half of them.
+        # Their bytes are assumed to be average: adding them up takes as long as saving half of them.
         left = max(0, self._unsaved_events - saved)
         self._unsaved = self._unsaved * left // self._unsaved_events
         self._unsaved_events = left
@@ -695,10 +698,10 @@ class Feed:
         self._dispatcher.submit(self.forget_unused)
 
     def forget_unused(self) -> None:
-        """Feed no more the scopes whose last watch has ended a while ago. Called now and then."""
+        """Stop feeding the scopes whose last watch ended a while ago. Called from time to time."""
         self._timer = None
         gone, next_s = self._exclusive.run(self._end_interests)
-        # Those in many scopes together: each would look at all scopes.
+        # Those in many scopes together: each of them would go through all scopes.
         for scope in {interest.scope for interest in gone}:
             self._triggers.refeed(scope)
             self._exclusive.run(self._refresh, scope)
@@ -723,9 +726,9 @@ class Feed:
 
     @exclusive
     def from_ring(self, watcher: Watcher, cursor: ScopeCursor | ManyCursor) -> list[StateEvent] | None:
-        """Begin a new watch behind what the ring has, and return what it has behind the cursor.
+        """Begin a new watch after the changes in the ring, and return those of them that are after the cursor.
 
-        None: the ring does not reach so far, and the watch has not begun.
+        None: the ring does not reach back that far, and the watch has not begun.
         """
         if isinstance(cursor, ScopeCursor):
             scope = self._scopes[cursor.scope]
@@ -745,12 +748,12 @@ class Feed:
         return [event for event in found if watcher.wants_scope(event.scope)]
 
     def _has_saved(self, epoch: int, position: int) -> bool:
-        """Return whether what was changed up to a position of an epoch is there."""
+        """Return whether the changes up to a position of an epoch exist."""
         return epoch == self.epoch or (self.journal is not None and not self.journal.was_lost(epoch, position))
 
     @exclusive
     def begin_at(self, watcher: Watcher, revisions: dict[str, int], position: int) -> None:
-        """A new watch has what was changed up to these revisions, or to this position: from a snapshot, or from now."""
+        """Begin a watch that has the changes up to these revisions or this position: from a snapshot, or from now."""
         if watcher.scope is not None:
             scope = self._scopes[watcher.scope]
             revision = revisions[watcher.scope]
@@ -764,7 +767,7 @@ class Feed:
         return self._shown
 
     def scope(self, name: str) -> FedScope:
-        """Return what the feed has of a scope that is watched."""
+        """Return the feed's record of a watched scope."""
         return self._scopes[name]
 
     def last_of(self, name: str) -> int:
@@ -773,12 +776,12 @@ class Feed:
         return 0 if scope is None else scope.last
 
     def look_soon(self) -> None:
-        """Have a worker thread number what was entered. From any thread."""
+        """Make a worker thread number the changes that were entered. From any thread."""
         if self.incoming:
             self._wake()
 
     def end(self) -> None:
-        """The engine has closed: watches end behind the changes that they have. Idempotent."""
+        """End the watches after the changes that they have: the engine has closed. Idempotent."""
         self.number()
         self._ended = True
         if self._timer is not None:
@@ -797,7 +800,7 @@ class Feed:
         """In a forked child: the guard may be held by a thread that is not here."""
         self._exclusive = Guard()
         self._ended = True
-        self.incoming.clear()  # no thread is here that would number it, and watches wait for that before they end
+        self.incoming.clear()  # no thread here would number them, and watches wait for that before they end
         for watcher in self.watchers():
             watcher.ending = True
 

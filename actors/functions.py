@@ -38,11 +38,14 @@ class Function(msgspec.Struct, frozen=True):
 
 
 AroundHandler = Callable[[Function, tuple[Any, ...]], AbstractContextManager[object]]
-"""Makes what the call of a handler runs within, from the function and what it is called with."""
+"""Makes the context manager within which a handler is called, from the function and its arguments."""
 
 
 class ObservedFunction:
-    """A function whose calls by triggers run within something. It may always be given the delivery beside the event."""
+    """A function whose calls by triggers run within a context manager.
+
+    It always accepts the delivery after the event.
+    """
 
     def __init__(self, function: Function, around: AroundHandler) -> None:
         self.plain = self.__wrapped__ = function.target
@@ -58,7 +61,7 @@ class ObservedFunction:
             return self._run(given)
         with self._around(self._function, given):
             result = self.plain(*self._taken(given))
-        # An awaitable of a plain function: what happens until it returned and what it awaits are observed apart.
+        # An awaitable from a plain function: the call and the awaiting are observed separately.
         return self._wait_for(result, given) if is_awaitable(result) else result
 
     async def _run(self, given: tuple[Any, ...]) -> Any:
@@ -74,7 +77,7 @@ class ObservedFunction:
 
 
 def plain_target(target: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function that the program has registered, of one that may be observed."""
+    """Return the function that the program has registered, without `ObservedFunction` around it."""
     return target.plain if type(target) is ObservedFunction else target
 
 
@@ -84,7 +87,7 @@ def _plain(function: Function) -> Function:
 
 
 def _observed(function: Function, around: AroundHandler) -> Function:
-    # What a worker executes is observed in the worker.
+    # Functions of a worker are observed in the worker.
     if function.builtin or hasattr(type(function.target), "executed_elsewhere"):
         return function
     return msgspec.structs.replace(function, target=ObservedFunction(function, around))
@@ -137,7 +140,7 @@ class Functions:
 
     @exclusive
     def observe(self, around: AroundHandler | None) -> None:
-        """Have calls by triggers run within `around(function, arguments)`; None: no more. Built-ins are left out."""
+        """Run calls by triggers within `around(function, arguments)`; None: no longer. Built-ins are left out."""
         self._around = around
         for function_id, entry in list(self._by_id.items()):
             self._by_id[function_id] = _plain(entry) if around is None else _observed(_plain(entry), around)
@@ -180,7 +183,7 @@ class Functions:
 
     @exclusive
     def discard(self, function_id: str, target: Callable[[Any], Any], instead: Function | None = None) -> None:
-        """Forget the function, built-in or not, if `target` is still what is registered under its id.
+        """Forget the function, built-in or not, if `target` is still registered under its id.
 
         `instead` then takes its place, in one step.
         """
@@ -199,7 +202,7 @@ class Functions:
         """Return the function. Raises FunctionNotFound."""
         given: object = function_id
         if type(given) is not str:
-            # Its own hooks (hash, repr) are not called: they may do anything.
+            # The object's own methods (hash, repr) are not called: they may do anything.
             text = str.__str__(given) if issubclass(type(given), str) else f"<{class_name(given)}>"
             return self.get(text)
         try:
@@ -213,7 +216,7 @@ class Functions:
 
 
 def is_generator(target: object) -> bool:
-    """True if calling `target` only makes a generator: nothing of it would run."""
+    """True if calling `target` only makes a generator, so that none of its code would run."""
     while isinstance(target, functools.partial):
         target = target.func
     call = getattr(target, "__call__", None)  # noqa: B004 - as below
@@ -230,7 +233,7 @@ def is_async(target: Callable[..., Any]) -> bool:
 
 
 def takes_two(target: Callable[..., Any]) -> bool:
-    """Return whether a handler takes the delivery beside the event: by its parameters without a default."""
+    """Return whether a handler takes the delivery after the event, according to its parameters without a default."""
     try:
         parameters = inspect.signature(target).parameters.values()
     except (TypeError, ValueError):
@@ -267,7 +270,7 @@ _bases_of: Final[Callable[[type], tuple[type, ...]]] = type.__dict__["__mro__"].
 
 
 def is_unrun(result: object) -> bool:
-    """True for a generator: nothing of its code has run, and nothing would run it."""
+    """True for a generator: none of its code has run, and no caller would run it."""
     return type(result) in (types.GeneratorType, types.AsyncGeneratorType)
 
 

@@ -88,10 +88,10 @@ class Gate:
         self.incoming: dict[int, StateEvent] = {}
         """The same for the feed."""
         self.unsettled = False
-        """True while memory has what may not be on disk."""
+        """True while memory holds changes that may not be on disk."""
         self._waiting: list[Held] = []
         self._committing: dict[str, None] = {}
-        """The keys that the commit under way writes."""
+        """The keys that the running commit writes."""
 
     def refuse_in_turns(self) -> None:
         """Raise WouldDeadlock if this thread is in the middle of a turn that the next commit must wait for.
@@ -110,10 +110,10 @@ class Gate:
         return self.unsettled or bool(self._waiting)
 
     def hold(self, turn: Turn[Any], reply: ReplyTo, answer: Any, error: BaseException | None = None) -> None:
-        """Deliver the answer of a turn, or its refusal, now or behind the commit that it depends on.
+        """Deliver the answer of a turn, or its refusal, now or after the commit that it depends on.
 
-        A refusal depends on it as an answer does: a conflict tells of the value that it conflicts with. The answer to a
-        write waits even if it has changed nothing, as a compare-and-set that found another value.
+        A refusal depends on it just as an answer does: a conflict reports the value that it conflicts with. The answer
+        to a write waits even if the write has changed nothing, such as a compare-and-set that found another value.
         """
         if self.unsettled and (turn.writes or self._is_open(turn)):
             self._waiting += ((turn, reply, answer, error),)
@@ -156,7 +156,7 @@ class Gate:
         return batch
 
     def _settle(self, batch: Batch) -> list[Outcome]:
-        # What may need memory comes first, so that a turn that broke off can be done again: the events go out once.
+        # Steps that allocate memory come first, so that an interrupted turn can be repeated: the events go out once.
         outcomes: list[Outcome] = [(reply, answer, error) for _, reply, answer, error in batch.waiting]
         if batch.collected is not None:
             self._scope.saved(batch.collected.revision)
@@ -166,7 +166,7 @@ class Gate:
             self._scope._allow_reading()
         if batch.held is not None:
             self._router.feed.settle(batch.held)
-        # Events before answers: the caller that has the answer may call drain() and count on the event.
+        # Events before answers: a caller that has the answer may call drain() and rely on the event.
         self._router.publish(batch.events)
         return outcomes
 

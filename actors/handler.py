@@ -34,11 +34,11 @@ _NOTHING: Final[dict[Run, None]] = {}
 class HandlerActor(Shaping):
     """Delivers events to one trigger's function: those of one lane in order, others side by side.
 
-    One turn at a time, whose thread holds the claim, decides what begins. As long as nothing else is under way it calls
-    the function itself and keeps the claim: a function that returns at once costs no more than that. If one does not
-    return, and events of other lanes wait, another turn takes the claim over and goes on (`_take_over`); the first
-    thread brings nothing but the outcome of its call. Once a function is known to block, its calls are made apart, with
-    the claim given back. An awaitable, or a pause before the next attempt, keeps a lane and no thread.
+    One turn at a time, whose thread holds the claim, decides what begins. While nothing else is in progress, it calls
+    the function itself and keeps the claim, so a function that returns at once costs no more than the call. If the
+    function does not return and events of other lanes wait, another turn takes over the claim and continues
+    (`_take_over`); the first thread then only reports the outcome of its call. Once a function is known to block, it is
+    called without the claim. An awaitable, or a pause before the next attempt, occupies a lane but no thread.
     """
 
     takes_over: ClassVar[bool] = True
@@ -46,42 +46,42 @@ class HandlerActor(Shaping):
     keeps_runs: ClassVar[bool] = False
     """True: `begin`, `wait_s` and `ended` are called for each run."""
     begins_at_once = 1
-    """How many runs `begin` is given together, at most."""
+    """The most runs that `begin` gets in one call."""
 
     FIRST_LOOK_S = 0.001
-    """A call is looked at after this time, if events of other lanes wait behind it."""
+    """If events of other lanes wait, a running call is checked after this time."""
     LONGEST_LOOK_S = 0.032
-    """The time doubles, up to this, as long as calls are found to return."""
+    """The time doubles, up to this, as long as the checked calls have returned."""
     SHORT_S = 0.0005
     """A call that takes less does not block."""
     SHORT_CALLS = 16
-    """After so many such calls in a row they are no longer made apart."""
+    """After this many such calls in a row, calls are made with the claim again."""
 
     def __init__(self, trigger: Trigger, services: HandlerServices) -> None:
         super().__init__(trigger, services)
         # A deque, unlike other mailboxes: with `drop_oldest` the router takes events out at the front.
         self._mailbox: deque[Any] = deque()
         self._inline: dict[int, Item] = {}
-        """Holder of the claim -> the event whose function it is calling. The thread that removes the entry goes on with
-        the claim: the holder when the function has returned, or the turn that takes over."""
+        """Holder of the claim -> the event whose function it is calling. The thread that removes the entry continues
+        with the claim: the holder when the function has returned, or the turn that takes over."""
         self._run: Run | None = None
-        """Of the event in `_inline`."""
+        """The run of the event in `_inline`."""
         self._lanes: Lanes | None = None
-        """None while nothing is under way but the event in `_inline`."""
+        """None while nothing is in progress except the event in `_inline`."""
         self._aside: Mapping[Run, None] = _NOTHING
         """`Lanes.aside`: events that have left the mailbox and wait."""
         self._news: list[Run] = []
-        """Runs of which the holder of the claim must know something."""
+        """Runs with news for the holder of the claim, such as an outcome."""
         self._stuck = False
-        """True if nothing that waits can begin before something ends."""
+        """True if no waiting event can begin before a running one ends."""
         self._asked = False
-        """True: a turn must look, whatever the other flags say."""
+        """True: a turn must check the mailbox, whatever the other flags say."""
         self._short_calls = 0
         self._scope: str | None = None
         self._mixed = False
         """True if events of several lanes may wait."""
         self._looking = False
-        """True while a timer is set that looks at the call in `_inline`."""
+        """True while a timer is set that checks the call in `_inline`."""
         self._look_s = self.FIRST_LOOK_S
         self._looked_at: Item | None = None
         self.paused = False
@@ -89,7 +89,7 @@ class HandlerActor(Shaping):
         self.offered = 0
         """Bytes of the events that were ever queued. Written by the router's turn alone."""
         self.taken = 0
-        """Bytes of those that have begun. Written by the holder of the claim alone."""
+        """Bytes of the events that have begun. Written by the holder of the claim alone."""
         self._told = 0
 
     def depth(self) -> int:
@@ -142,7 +142,7 @@ class HandlerActor(Shaping):
                 raise
 
     def put(self, event: StateEvent) -> None:
-        """As `offer`, with no bound, and without a worker thread being woken."""
+        """As `offer`, but without a bound, and without waking a worker thread."""
         old, new, mailbox = event.old_json, event.new_json, self._mailbox
         size = (len(old) if old else 0) + (len(new) if new else 0)
         if event.scope != self._scope:
@@ -153,7 +153,7 @@ class HandlerActor(Shaping):
         self._services.backlog.offered += size
 
     def _make_way(self, event: StateEvent) -> bool:
-        """Drop what `handler_when_full` says if there is no room. False if that is `event` itself."""
+        """If there is no room, drop the event that `handler_when_full` says. False if that is `event` itself."""
         if not self.is_full() and not self._services.backlog.is_over():
             return True
         if self._services.limits.handler_when_full == "reject":
@@ -166,19 +166,21 @@ class HandlerActor(Shaping):
     def is_full(self) -> bool:
         limits = self._services.limits
         most = limits.handler_mailbox_bytes
-        # What is debounced is bounded by itself (`_fill`).
+        # Debounced events have a bound of their own (`_fill`).
         waiting = len(self._mailbox) + len(self._aside)
         return waiting >= limits.handler_mailbox or bool(most and self.offered - self.taken >= most)
 
     def offer_once(self, event: StateEvent) -> None:
-        """As `offer`, unless `event` is what came last."""
+        """As `offer`, unless `event` is the one that came last."""
         if not self._mailbox or self._mailbox[-1] is not event:
             self.offer(event)
 
     def change(self, trigger: Trigger) -> None:
-        """Replace the trigger by one with the same filters. Events that wait are kept; the new `order` applies when
-        those that have begun are over."""
-        # The trigger last: what a turn in between does is right for one of the two.
+        """Replace the trigger by one with the same filters.
+
+        Events that wait are kept; the new `order` applies once the events that have begun are over.
+        """
+        # The trigger last: what a turn does in between is correct for either of the two.
         self._note_shape(trigger)
         self.trigger = trigger
         self._stuck, self._asked = False, True  # more may begin now
@@ -188,7 +190,10 @@ class HandlerActor(Shaping):
         """Its trigger was removed, or replaced. From any thread."""
 
     def pause(self) -> None:
-        """Begin nothing until `go_on`: events wait, and what has begun goes on. Barriers do not wait for it."""
+        """Begin nothing until `go_on`: events wait, and runs that have begun continue.
+
+        Barriers do not wait for waiting events.
+        """
         self.paused = True
         lanes = self._lanes
         barriers = [item for item in self._mailbox.copy() if type(item) is Barrier]
@@ -211,7 +216,7 @@ class HandlerActor(Shaping):
     # -------------------------------------------------------------------------------------------------- the turn
 
     def wake(self) -> None:
-        """Have what waits handled, unless that is arranged already, or has to wait for what is under way."""
+        """Schedule the handling of waiting events, unless that is arranged already or must wait for running events."""
         if self._has_work() and not self._claim and (not self._scheduled or is_arranging()):
             self.wake_anyway()
 
@@ -248,7 +253,10 @@ class HandlerActor(Shaping):
         raise TypeError(f"a handler takes events from its router, not {message!r:.80}")
 
     def _drain(self, hold: Hold) -> None:
-        """Begin what can begin, a batch at most; runs claimed. Gives the claim back, or another turn has taken it."""
+        """Begin the events that can begin, at most a batch; runs claimed.
+
+        Gives the claim back, or another turn has taken it.
+        """
         left = self.batch
         self._asked = self._stuck = False
         if len(self._mailbox) > 1 and not self._looking and self._may_block_others():
@@ -263,7 +271,7 @@ class HandlerActor(Shaping):
         self._give_back()
 
     def _drain_quickly(self, hold: Hold, left: int) -> int:
-        """Handle events one after the other while nothing else is under way. Returns how many more may follow."""
+        """Handle events one after the other while nothing else is in progress. Returns how many more may follow."""
         mailbox, inline = self._mailbox, self._inline
         run = self._run = Run()
         depth = -1  # what event_depth holds: setting it costs as much as a small handler
@@ -296,7 +304,7 @@ class HandlerActor(Shaping):
                 continue
             trigger = self.trigger
             if trigger.condition_function_id is None:
-                # The first call needs no coroutine, and a plain function that returns nothing is done with it.
+                # The first call needs no coroutine, and for a plain function that returns None it is the only one.
                 try:
                     result = self._call(trigger.function_id, run)
                 except BaseException as problem:  # noqa: BLE001 - user code may raise anything
@@ -322,7 +330,7 @@ class HandlerActor(Shaping):
         return 0
 
     def _step_quickly(self, run: Run, hold: Hold) -> bool:
-        """Go on with a run whose first call was not all. False: the claim is not held any more."""
+        """Continue a run that needs more than its first call. False: the claim is not held any more."""
         pending = self._step(run)
         if self._inline.pop(hold, None) is None:
             self._bring(run, pending)
@@ -331,13 +339,13 @@ class HandlerActor(Shaping):
         return True
 
     def _put_back(self, event: StateEvent) -> None:
-        """The trigger was paused before this event began."""
+        """Put an event back, because the trigger was paused before it began."""
         self.taken -= size_of(event)
         self._stuck = True
         self._mailbox.appendleft(event)
 
     def _advance(self, hold: Hold) -> bool:
-        """Begin or continue one run. False: none can go on, or the claim is not held any more."""
+        """Begin or continue one run. False: no run can continue, or the claim is not held any more."""
         self._stuck = False
         self._hear()
         run = self._next()
@@ -368,11 +376,11 @@ class HandlerActor(Shaping):
         return True
 
     def _run_apart(self, run: Run) -> None:
-        """Give the claim back, have another thread begin what else can begin, and then carry the run on."""
+        """Give the claim back, let another thread begin what else can begin, and then continue the run."""
         clock, more = self._dispatcher.monotonic, self._has_more()
         del self._claim[HOLDER]
         try:
-            # Behind the claim: a turn that finds it taken does nothing.
+            # After the claim is given back: a turn that finds it taken does nothing.
             if more and not self._scheduled and not self._claim:
                 self._wake_with(self._dispatcher.schedule_now)
             self._services.backlog.made_room()
@@ -383,14 +391,14 @@ class HandlerActor(Shaping):
             self._tell(run)
             raise
         pending = self._carry_on(run)
-        # Threads may overwrite each other's count: it decides nothing but which way is quicker.
+        # Threads may overwrite each other's count: it only decides which way is quicker.
         self._short_calls = self._short_calls + 1 if clock() - began < self.SHORT_S else 0
         if self._short_calls >= self.SHORT_CALLS:
             self.apart = False
         self._bring(run, pending)
 
     def _bring(self, run: Run, pending: Pending | None) -> None:
-        """Without the claim: bring the outcome of a step to its holder."""
+        """Pass the outcome of a step, without the claim, to the holder of the claim."""
         event_depth.set(0)
         if pending is None:
             run.news = "over"
@@ -405,7 +413,7 @@ class HandlerActor(Shaping):
             raise passing
 
     def _tell(self, run: Run) -> None:
-        """Leave news for the holder of the claim. From any thread."""
+        """Leave a run with news for the holder of the claim. From any thread."""
         news = self._news
         try:
             news += (run,)
@@ -446,7 +454,7 @@ class HandlerActor(Shaping):
     # ------------------------------------------------------------------------------------- lanes, within the turn
 
     def _hear(self) -> None:
-        """Take note of what other threads have brought."""
+        """Handle the news that other threads have left."""
         news = self._news
         while news:
             run = news[0]
@@ -493,7 +501,7 @@ class HandlerActor(Shaping):
                 return None
 
     def _begin_several(self, most: int) -> bool:
-        """Begin what can, in one step of a subclass. False if nothing can."""
+        """Begin the runs that can begin, in one step of a subclass. False if none can."""
         runs = list[Run]()
         while len(runs) < self.begins_at_once and ((lanes := self._lanes) is None or lanes.running < most):
             run = self._next_with_place()
@@ -560,7 +568,7 @@ class HandlerActor(Shaping):
         return True
 
     def _reach(self, barrier: Barrier) -> None:
-        """A barrier has left the mailbox: it goes behind what is in the lanes."""
+        """Handle a barrier that has left the mailbox: it waits for the events that are in the lanes now."""
         if self._lanes is None:
             barrier.arrive(self)
         else:
@@ -577,7 +585,7 @@ class HandlerActor(Shaping):
         return lanes
 
     def _settle(self, run: Run, pending: Pending | None) -> None:
-        """Note what became of a step of a run, with the claim held."""
+        """Record the outcome of a step of a run, with the claim held."""
         if pending is None:
             self._end(run)
         else:
@@ -594,7 +602,7 @@ class HandlerActor(Shaping):
             raise passing
 
     def _pause(self, run: Run) -> None:
-        """Let a run wait for its next attempt: it counts as waiting, and others may have its place."""
+        """Let a run wait for its next attempt: it counts as waiting, and another run may use its place."""
         pause, run.pending = run.pending, None
         self._lanes.pause(run)  # type: ignore[union-attr]  # it is in there
         self.taken -= size_of(run.event)
@@ -602,7 +610,7 @@ class HandlerActor(Shaping):
         self._dispatcher.call_later(pause.delay_s, lambda: self._tell(run))  # type: ignore[union-attr]  # it has one
 
     def _end(self, run: Run) -> None:
-        """A run is over."""
+        """End a run."""
         self._count(run)
         lanes = self._lanes
         if lanes is None or not run.entered:
@@ -629,7 +637,7 @@ class HandlerActor(Shaping):
 
         def go_on(value: Any, error: BaseException | None) -> None:
             try:
-                going_on = once.pop()  # one step: an outcome that comes twice goes on once
+                going_on = once.pop()  # one step: if an outcome comes twice, the run continues only once
             except IndexError:
                 return
             # It comes on an event loop's or the timer's thread, which must not run code of the program.
@@ -646,7 +654,7 @@ class HandlerActor(Shaping):
     # ----------------------------------------------------------------------------------------- calls that block
 
     def _may_block_others(self) -> bool:
-        """Return whether events that the running call does not concern may wait behind it."""
+        """Return whether events of other lanes may wait for the running call."""
         if self._lanes is not None and (self._lanes.going or self._lanes.has_ready()):
             return True
         if self._shape is not None and self.trigger.order != "trigger" and self._is_due():

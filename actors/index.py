@@ -1,7 +1,7 @@
 """The keys of a scope in the order of their UTF-8 bytes, for values that are kept in a dict.
 
-Writers do nothing for it. A dict keeps its keys in the order of their creation, so what was created since the last look
-is found at its end; a key that was deleted is skipped when it is met. Until keys are first asked for in order there is
+Writers do nothing for it. A dict keeps its keys in the order of their creation, so the keys created since the last use
+are found at its end; a deleted key is skipped when it is encountered. Until keys are first asked for in order there is
 no index (docs/design/0038-keys-in-order.md).
 """
 
@@ -20,9 +20,9 @@ BUCKET: Final = 512
 _LARGEST: Final = 4 * BUCKET
 """A bucket with more keys is divided when it is next sorted."""
 SORTED_AT_ONCE: Final = 10_000
-"""So many keys are sorted in one step, which no other thread can interrupt: a few milliseconds."""
+"""The most keys that are sorted in one step, which no other thread can interrupt: a few milliseconds."""
 READ_WITHIN_TURN: Final = 10_000
-"""Keys that a turn reads, or sorts, or adds to the index, at most. More would keep other callers waiting."""
+"""The most keys that a turn reads, sorts, or adds to the index. More would keep other callers waiting."""
 
 # Seeded by the operating system: a caller that chooses its keys cannot make the buckets uneven.
 _sample: Final = Random().sample
@@ -35,7 +35,7 @@ class TooLong(Exception):
 class OrderedKeys:
     """The keys of a dict of values in order, as the turns of its scope ask for them.
 
-    Thread rules: within turns of the scope, but for `accept` and `forget_if_unused`.
+    Thread rules: within turns of the scope, except `accept` and `forget_if_unused`.
     """
 
     __slots__ = ("_creations", "_index", "_used", "_values", "patient")
@@ -53,7 +53,7 @@ class OrderedKeys:
         """Return the keys of a range that exist, in its order, at most `limit`. Raises TooLong."""
         self._used = True
         creations = self._creations()
-        # Taken away while it is changed: what an exception leaves in the middle of a change is not used again.
+        # Removed while it is changed: an index that an exception leaves half changed is not used again.
         index, self._index = self._index, None
         if index is not None and index.is_wasteful(len(self._values)):
             index = None
@@ -73,7 +73,10 @@ class OrderedKeys:
         return found
 
     def is_behind(self) -> bool:
-        """Tell whether a turn would have to index more keys than it may. From any thread: it may be true no more."""
+        """Tell whether a turn would have to index more keys than it may.
+
+        From any thread: the answer may be outdated.
+        """
         if len(self._values) <= READ_WITHIN_TURN:
             return False
         index = self._index
@@ -92,7 +95,7 @@ class OrderedKeys:
         """Return the keys of a copy for reads outside of turns: of the values, or of the keys if there is no index."""
         index, fresh, creations = self._index, list[str](), self._creations()
         if not isinstance(copied, dict):
-            index = None  # another thread may have made one meanwhile
+            index = None  # another thread may have made one in the meantime
         elif index is not None:
             if creations - index.creations > len(copied) // 4 or index.is_wasteful(len(copied)):
                 index = None
@@ -109,7 +112,7 @@ class OrderedKeys:
     def forget_if_unused(self) -> None:
         """Drop the index if no turn has asked for keys since the last call. From any thread."""
         if not self._used:
-            # A turn that uses it at this moment puts it back; then it goes with the next call.
+            # A turn that uses it at this moment puts it back; then the next call removes it.
             self._index = None
         self._used = False
 
@@ -161,12 +164,12 @@ class KeyIndex:
     __slots__ = ("_added", "_buckets", "_lows", "_size", "creations")
 
     def __init__(self, keys: Sequence[str], creations: int) -> None:
-        """`keys` are distinct. `creations`: how many keys the scope had created in its life when it had these."""
+        """`keys` are distinct. `creations`: how many keys the scope had created in its life when they were read."""
         self._lows, self._buckets = _divided(keys)
         self._added: list[list[str] | None] = [None] * len(self._lows)
         self._size = len(keys)
         self.creations = creations
-        """Every key that the scope had after so many creations is in the index, unless it is deleted."""
+        """Every key that the scope had after this many creations is in the index, unless it is deleted."""
 
     def copy(self) -> KeyIndex:
         """Return a second index with the same keys. It takes time for each bucket, not for each key."""
@@ -243,13 +246,13 @@ class KeyIndex:
         return found
 
     def _sort_in(self, place: int, exists: Callable[[str], object]) -> int:
-        """Sort what was added to a bucket into it. Return how many buckets it is then."""
+        """Sort the keys that were added to a bucket into it. Return how many buckets it has become."""
         added = self._added[place]
         if added is None:
             return 1
         before = self._buckets[place]
         added.sort()
-        # Two sorted lists behind each other: `sort` merges them without comparing each with each.
+        # Two sorted lists in a row: `sort` merges them without comparing every pair.
         both = before + added
         both.sort()
         keys = list(filter(exists, dict.fromkeys(both)))
@@ -267,13 +270,14 @@ class KeyIndex:
             self._buckets[place] = keys
             return 0
         del self._buckets[place], self._added[place]
-        # What this bucket would have had belongs to the one before; the first bucket begins with the smallest text.
+        # The keys of this bucket's interval now belong to the bucket before; the first bucket begins with the smallest
+        # text.
         del self._lows[place or 1]
         return 1
 
 
 def created_since(values: dict[str, bytes], count: int) -> list[str]:
-    """Return the last `count` keys that were created, in one step; some may be deleted, then older ones come along."""
+    """Return the last `count` keys that were created, in one step; if some were deleted, older ones are included."""
     return list(islice(reversed(values), count))
 
 

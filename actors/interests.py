@@ -1,4 +1,4 @@
-"""Which scopes the changes are wanted of, by watches and by durable triggers."""
+"""The scopes whose changes are wanted by watches and by durable triggers."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Interest:
         self.consumer = consumer
         """The number of the durable trigger; None: it is of watches."""
         self.began = began
-        """Everything of these scopes behind this position was entered."""
+        """Every change of these scopes after this position was entered."""
         self.users = 0
         self.ended_s = 0.0
-        """When the last user has gone."""
+        """When its last user ended."""
 
     def wants(self, scope: str) -> bool:
         """Return whether it wants the changes of a scope."""
@@ -46,7 +46,7 @@ class Among:
         self.wanted = tuple(wanted)
         """Each a scope, or None and a prefix."""
         self.fresh = fresh
-        """So many at the end are wanted from now on, also behind a cursor from before."""
+        """The last this many are wanted from now on, even if the cursor is older."""
         self._exact = frozenset([scope for scope, _ in wanted if scope is not None])
         self._prefixes = tuple([prefix for scope, prefix in wanted if scope is None])
 
@@ -55,12 +55,12 @@ class Among:
         return scope in self._exact or scope.startswith(self._prefixes)
 
     def before(self) -> tuple[tuple[str | None, str], ...]:
-        """Return those that are wanted behind the cursor, too."""
+        """Return those whose changes after the cursor are wanted too."""
         return self.wanted[: len(self.wanted) - self.fresh]
 
 
 class Interests:
-    """The interests of one engine. Changed under the guard of the feed; what is asked needs none."""
+    """The interests of one engine. Changed under the guard of the feed; queries need no guard."""
 
     def __init__(self) -> None:
         self._all: dict[What, Interest] = {}
@@ -76,7 +76,7 @@ class Interests:
         return self._all.get(what)
 
     def add(self, what: What, position: int) -> Interest:
-        """Make an interest, which begins behind a position."""
+        """Make an interest, which begins after a position."""
         interest = self._all[what] = Interest(*what, position)
         self._note(interest, 1)
         return interest
@@ -105,11 +105,11 @@ class Interests:
         return scope in self._exact or any(scope.startswith(one.prefix) for one in self._wide)
 
     def want_all(self) -> bool:
-        """Return whether the changes of every scope are wanted, also of ones to come."""
+        """Return whether the changes of every scope are wanted, including future scopes."""
         return any(not one.prefix for one in self._wide)
 
     def cover(self, scope: str | None, prefix: str, position: int) -> bool:
-        """Return whether everything of a scope, or of the scopes with a prefix, behind a position was entered."""
+        """Return whether every change of a scope, or of the scopes with a prefix, after a position was entered."""
         if scope is not None:
             named = self._all.get((scope, "", None))
             if named is not None and named.began <= position:
@@ -121,7 +121,7 @@ class Interests:
         return [one.consumer for one in self.durable if one.consumer is not None and one.wants(scope)]
 
     def begin_at(self, position: int) -> None:
-        """What was entered before this position is not complete."""
+        """Note that the changes entered before this position are not complete."""
         for interest in self._all.values():
             interest.began = position
 

@@ -1,8 +1,8 @@
-"""The journal of a store, as the engine sees it: the saved changes, and how far each consumer has come with them.
+"""The journal of a store, as the engine sees it: the saved changes, and how many of them each consumer has handled.
 
 A change is entered into the journal in the transaction that saves the state (`ScopeChange.log`); what consumers have
-done is saved by the same transactions (`ConsumerChange`). Positions number the changes of all scopes of a store, by the
-object that feeds them (`actors/feed.py`); they have gaps. docs/design/0045-the-journal-on-disk.md has the reasons.
+done is saved by the same transactions (`ConsumerChange`). Positions number the changes of all scopes of a store; the
+feed (`actors/feed.py`) assigns them, with gaps. docs/design/0045-the-journal-on-disk.md has the reasons.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import msgspec
 from scopestate.ops.results import StateEvent
 
 EPOCH_STEP: Final = 2**32
-"""The positions of an epoch begin so far behind those that the epoch before it has saved."""
+"""The positions of an epoch begin this far after the last one that the previous epoch has saved."""
 
 MOST_EVENTS: Final = 1000
-"""Events that one call reads, if it says nothing else."""
+"""The most events that one call reads, unless it asks for another number."""
 MOST_BYTES: Final = 1024 * 1024
-"""Bytes that the events of one call take, if it says nothing else: of their keys and values. At least one is read."""
+"""The most bytes of keys and values in the events of one call, unless it asks for another number. At least one is
+read."""
 
 Gone = Literal["trimmed", "lost in a crash"]
 """Why the journal cannot tell what followed a position or a revision."""
@@ -37,30 +38,30 @@ class History(msgspec.Struct, frozen=True):
 
 
 EVENT_OVERHEAD: Final = 64
-"""Bytes that a change in the journal is counted with, beside its key and its values."""
+"""Bytes that are counted for a change in the journal, in addition to its key and its values."""
 
 
 class JournalSize(msgspec.Struct, frozen=True):
-    """What the journal holds. In constant time."""
+    """What the journal holds. Reading it takes constant time."""
 
     events: int
     bytes: int
     oldest: int
-    """The lowest position that is there; 0 if it is empty."""
+    """The lowest position in the journal; 0 if it is empty."""
     newest: int
-    """The highest one; 0 if it is empty."""
+    """The highest position in the journal; 0 if it is empty."""
 
 
 class Needed(msgspec.Struct, frozen=True):
-    """What of the journal is kept for consumers."""
+    """Which part of the journal is kept for consumers."""
 
     events: int
-    """Those that wait to be trimmed count too, but of scopes with a history rule."""
+    """Includes events that wait to be trimmed, except those of scopes with a history rule."""
     bytes: int
     done: dict[int, int]
-    """The consumers that may need some of it, by number -> up to where each is done."""
+    """The consumers that may need a part of it, by number -> the position up to which each is done."""
     wanted: dict[int, tuple[int, int]]
-    """The same consumers -> how much of it is of scopes that each wants: events, bytes."""
+    """The same consumers -> how many events and bytes belong to scopes that each one wants."""
     groups: frozenset[frozenset[int]]
     """The numbers of consumers that may need the same events."""
 
@@ -85,7 +86,7 @@ class Letter(msgspec.Struct, frozen=True):
     """An event that a consumer has given up: a dead letter."""
 
     id: int
-    """0 in a letter that is to be saved. The store numbers letters; a number is given once."""
+    """0 in a letter that is not saved yet. The store numbers letters, and uses each number once."""
     consumer: int
     event: StateEvent
     """A copy, with its position: the journal may have forgotten it."""
@@ -107,18 +108,17 @@ class ConsumerChange(msgspec.Struct):
     consumer: int
     """Its number."""
     done: int = 0
-    """Every delivery up to this position is over, except those that are pending. It never goes back."""
+    """Every delivery up to this position is over, except those that are pending. It never decreases."""
     acked: Sequence[int] = ()
-    """Positions of deliveries that are over, in any order, also above `done`.
-
-    That of a letter is over by itself, unless `pending` says that it is held.
+    """Positions of deliveries that are over, in any order, including those above `done`. The delivery of a letter is
+    over without being listed, unless `pending` says that it is held.
     """
     pending: Sequence[Pending] = ()
-    """Deliveries that are not over, each in place of what was saved of it; also above `done`."""
+    """Deliveries that are not over, including those above `done`. Each replaces what was saved about it."""
     letters: Sequence[Letter] = ()
     """New dead letters."""
     over: Sequence[int] = ()
-    """Positions of deliveries that are over, those that `done` says included: their attempts need not be known."""
+    """Positions of deliveries that are over, including those up to `done`: their attempts can be forgotten."""
 
 
 class SavedConsumer(msgspec.Struct):
@@ -128,7 +128,7 @@ class SavedConsumer(msgspec.Struct):
     """Never given to another consumer of the store."""
     name: str
     filter: str
-    """The text that it was made with: what its trigger asks for, as JSON. The store does not read it."""
+    """The text that it was created with: the filters of its trigger, as JSON. The store does not interpret it."""
     created_ms: int
     paused: str | None
     """Why it is paused; None if it is not."""
@@ -139,7 +139,7 @@ class SavedConsumer(msgspec.Struct):
     pending: dict[int, Pending]
     """position -> a delivery that is not over. The journal has its event."""
     begun: dict[int, int]
-    """position -> the attempt that had begun when the engine ended, and of which nothing more is known.
+    """position -> the attempt that had begun when the engine ended, and whose outcome is not known.
 
     It counts as an attempt. Only those above the `attempts` of the delivery's `pending` are here.
     """
@@ -148,7 +148,7 @@ class SavedConsumer(msgspec.Struct):
 
 
 class Rules(msgspec.Struct, frozen=True, weakref=True):
-    """What the journal has to keep. The engine gives it, and may give other ones at any time."""
+    """What the journal has to keep. The engine sets it, and may replace it at any time."""
 
     history: Callable[[str], History | None]
     """Returns the rule of a scope; None if it has none."""
@@ -157,7 +157,7 @@ class Rules(msgspec.Struct, frozen=True, weakref=True):
 
 
 class Past(Protocol):
-    """Where a watch reads the changes behind its cursor that are not in memory. May wait, and raises StorageError."""
+    """Where a watch reads changes after its cursor that are not in memory. May wait, and raises StorageError."""
 
     def read(self, after: int, upto: int | None = None, *, most: int = MOST_EVENTS) -> list[StateEvent]:
         """See `Journal`."""
@@ -178,27 +178,32 @@ class Past(Protocol):
 
 
 class Journal(ABC):
-    """The journal of one store. Every method may be called from any thread; reads run beside each other and a save.
+    """The journal of one store.
 
-    Each method that changes something is one transaction: killed at any moment, all of it is done, or nothing. Library
-    errors never escape: each method that uses the disk raises `StorageError` or a subclass, except `note_attempts`.
+    Every method may be called from any thread; reads run concurrently with each other and with a save. Each method that
+    changes something is one transaction: if the process is killed, all of it is done, or nothing. Library errors never
+    escape: each method that uses the disk raises `StorageError` or a subclass, except `note_attempts`.
     """
 
     epoch: int
     """The epoch of this session. A cursor for many scopes names it."""
     first: int
-    """The position behind which this session goes on. It is that of no change, and no earlier session has given it."""
+    """The position after which this session continues. No change has it, and no earlier session has assigned it."""
     given: int
-    """The last position that was given. The engine sets it before each save, and before the store is closed."""
+    """The last position that was assigned. The engine sets it before each save, and before the store is closed."""
     settled: int
-    """Everything up to this position is saved by the next save, or was before. The engine sets it as `given`."""
+    """Everything up to this position is saved by the next save, or already was. The engine sets it as it sets
+    `given`."""
     behind: bool = False
-    """True if more is to be trimmed than one save may do: call `trim` when there is nothing to save."""
+    """True if more must be trimmed than one save may trim: call `trim` when there is nothing to save."""
     _rules: Callable[[], Rules | None] = staticmethod(lambda: None)
 
     @property
     def rules(self) -> Rules | None:
-        """What to keep; None: everything. Assign it again when a rule has changed or a consumer has come or gone."""
+        """What to keep; None: everything.
+
+        Assign it again when a rule has changed, or a consumer was added or removed.
+        """
         return self._rules()
 
     @rules.setter
@@ -206,7 +211,7 @@ class Journal(ABC):
         self._rules = lambda: rules
 
     def follow(self, rules: Callable[[], Rules | None]) -> None:
-        """Have `rules` called for what to keep. It must not refer to the engine: the store may be all that is left."""
+        """Call `rules` to learn what to keep. It must not refer to the engine, which the store may outlive."""
         self._rules = rules
 
     # ------------------------------------------------------------------------------------------------------- reading
@@ -215,24 +220,24 @@ class Journal(ABC):
     def read(
         self, after: int, upto: int | None = None, *, most: int = MOST_EVENTS, most_bytes: int = MOST_BYTES
     ) -> list[StateEvent]:
-        """Return the events behind position `after`, up to `upto` included, in order; [] if there are no more."""
+        """Return the events after position `after`, up to `upto` included, in order; [] if there are no more."""
 
     @abstractmethod
     def read_scope(
         self, scope: str, after: int, upto: int | None = None, *, most: int = MOST_EVENTS, most_bytes: int = MOST_BYTES
     ) -> list[StateEvent]:
-        """Return the events of a scope behind the revision `after`, up to revision `upto` included, in order."""
+        """Return the events of a scope after the revision `after`, up to revision `upto` included, in order."""
 
     @abstractmethod
     def read_at(self, positions: Iterable[int]) -> list[StateEvent]:
-        """Return the events at these positions, as far as they are there, in order."""
+        """Return the events at these positions in order, leaving out those that are not there."""
 
     @abstractmethod
     def gone(self, epoch: int, position: int, *, scope: str | None = None, prefix: str = "") -> Gone | None:
         """Return why `read(position)` would miss changes of a scope, or of those with a prefix; None if it would not.
 
-        `epoch` is the one in which the position was given. "lost in a crash": a change up to the position was not saved
-        before a session ended. "trimmed": a later change is not in the journal any more, or never was.
+        `epoch` is the one in which the position was assigned. "lost in a crash": a change up to the position was not
+        saved before a session ended. "trimmed": a later change is not in the journal any more, or never was.
         """
 
     @abstractmethod
@@ -241,9 +246,9 @@ class Journal(ABC):
 
     @abstractmethod
     def newest(self, most: int) -> tuple[list[StateEvent], int]:
-        """Return the newest events, in order, and the position behind which every change is among them.
+        """Return the newest events, in order, and the position after which every change is among them.
 
-        So many at most, and fewer if they are large.
+        At most `most` events, and fewer if they are large.
         """
 
     @abstractmethod
@@ -256,18 +261,18 @@ class Journal(ABC):
 
     @abstractmethod
     def needed(self) -> Needed:
-        """Return what of it is kept for consumers. It takes microseconds for each scope that has changes."""
+        """Return which part is kept for consumers. Takes microseconds for each scope that has changes."""
 
     @abstractmethod
     def oldest_of(self, consumer: int, upto: int, most: int) -> list[int]:
         """Return the positions of the oldest events that are kept for a consumer, up to `upto` included, in order.
 
-        Those of its deliveries that are held are left out.
+        Events of deliveries that are held are left out.
         """
 
     @abstractmethod
     def count_behind(self, position: int) -> int:
-        """Return how many events are behind a position."""
+        """Return how many events are after a position."""
 
     @abstractmethod
     def oldest(self, scope: str) -> tuple[int, int] | None:
@@ -289,26 +294,29 @@ class Journal(ABC):
 
     @abstractmethod
     def change_filter(self, consumer: int, filter: str) -> None:  # noqa: A002 - as above
-        """Keep another text for what a consumer asks for."""
+        """Replace the text of the filters of a consumer."""
 
     @abstractmethod
     def pause_consumer(self, consumer: int, why: str | None) -> None:
-        """Note that a consumer is paused, and why; None: it is not."""
+        """Record that a consumer is paused, and why; None: it is not."""
 
     @abstractmethod
     def skip(self, consumer: int, positions: Sequence[int], paused: str) -> None:
-        """Have a consumer lose what `oldest_of` has returned, and note why it is paused."""
+        """Drop for a consumer the events that `oldest_of` has returned, and record why it is paused."""
 
     @abstractmethod
     def forget_consumer(self, consumer: int) -> None:
-        """Remove a consumer, with its deliveries and its dead letters. What waits for a save of it is ignored then."""
+        """Remove a consumer, with its deliveries and its dead letters.
+
+        Changes of it that still wait for a save are then ignored.
+        """
 
     @abstractmethod
     def note_attempts(self, attempts: Sequence[tuple[int, int, int]]) -> None:
-        """Note attempts that are about to begin: consumer, position, and the number of the attempt, from 1 on.
+        """Record attempts that are about to begin: consumer, position, and the number of the attempt, from 1.
 
-        They survive the end of the process, not that of the machine: nothing is synced. It raises nothing: what cannot
-        be noted is logged, and counts as one attempt less after such an end.
+        They survive the end of the process, but not of the machine: nothing is synced. Raises nothing: an attempt that
+        cannot be recorded is logged, and is not counted after a crash.
         """
 
     # -------------------------------------------------------------------------------------------------- dead letters
@@ -340,8 +348,8 @@ class Journal(ABC):
         """Make pending deliveries of dead letters, and remove the letters. `ids` None: all, or all of a consumer.
 
         Returns the consumer and the delivery of each, by id; `read_at` reads the events: the journal has them again.
-        With `reset` a delivery begins anew: attempts, times and error are as of one that was never tried. Without, its
-        attempts go on. Letters that are not there are left out.
+        With `reset`, attempts, times and error of a delivery are those of one that was never tried. Without it, the
+        attempts continue. Letters that do not exist are left out.
         """
 
     @abstractmethod
@@ -350,5 +358,5 @@ class Journal(ABC):
     ) -> tuple[int, list[tuple[int, int]]]:
         """Remove dead letters. `ids` None: all, those of a consumer, or those that died before a moment, only.
 
-        Returns how many, and consumer and position of each delivery that was held: it is over now.
+        Returns their number, and consumer and position of each delivery that was held: it is over now.
         """

@@ -29,7 +29,7 @@ Outcome = Literal["", "delivered", "skipped", "failed", "dropped"]
 class Run:
     """One event on its way through the function of its trigger: all attempts, with the pauses between them.
 
-    Its fields belong to the thread that carries it on, and to the holder of the actor's claim in between.
+    Its fields belong to the thread that runs its next step, and between steps to the holder of the actor's claim.
     """
 
     __slots__ = (
@@ -55,13 +55,13 @@ class Run:
         """The rest of the attempt, and of those that follow; None before the first call."""
         self.value: Any = None
         self.error: BaseException | None = None
-        """What `delivery` goes on with."""
+        """The error that `delivery` continues with."""
         self.pending: Pending | None = None
         """The pause that it asks for."""
         self.passing: BaseException | None = None
         """An exception that must reach the caller of the turn."""
         self.news: Literal["", "over", "pause", "resumed", "answered"] = ""
-        """What the holder of the claim is to be told."""
+        """The news for the holder of the claim."""
         self.outcome: Outcome = ""
         self.entered = False
         """True while it is in `Lanes`."""
@@ -74,7 +74,7 @@ class Run:
 
 
 class Barrier:
-    """A message that goes behind the waiting events of every handler; its reply is set when all have reached it."""
+    """A message that queues after the waiting events of every handler. Its reply is set when all have reached it."""
 
     def __init__(self, handlers: list[HandlerActor], reply: Reply[None]) -> None:
         self.handlers = tuple(handlers)
@@ -95,7 +95,7 @@ class Barrier:
         return self._waiting.pop(handler, None) is not None and not self._waiting and not self._reply.done
 
     def withdraw(self) -> None:
-        """The caller has stopped waiting: take it out of the mailboxes where it still is."""
+        """Take it out of the mailboxes where it still is: the caller has stopped waiting."""
         self.over = True
         for handler in self._still():
             handler.withdraw(self)
@@ -118,36 +118,36 @@ class Stage:
     def __init__(self) -> None:
         self.open = 0
         self.barriers: list[Barrier] = []
-        """Those that are reached when these runs, and all before them, are over."""
+        """The barriers that are reached when these runs, and all before them, are over."""
 
 
 class Lanes:
     """Everything that one trigger has taken out of its mailbox and that is not over.
 
-    A run enters its lane. It is ready when all runs before it in the lane are over. One that is under way holds one of
-    the places that `concurrency` allows; one that pauses between two attempts holds its lane and no place.
-    Used by the holder of the claim alone, but for `aside`, from which other threads may take runs that have not begun.
+    A run enters its lane. It is ready when all runs before it in the lane are over. A running one holds one of the
+    places that `concurrency` allows; one that pauses between two attempts holds its lane but no place. Used only by the
+    holder of the claim, except `aside`, from which other threads may take runs that have not begun.
     """
 
     def __init__(self, order: Order) -> None:
         self.order = order
         """Of all runs that are here."""
         self.running = 0
-        """Runs that are under way."""
+        """The number of runs that hold a place."""
         self.begun: dict[Run, None] = {}
-        """Runs that have begun, those that pause included."""
+        """Runs that have begun, including those that pause."""
         self.aside: OrderedDict[Run, None] = OrderedDict()
         """Runs that wait: for their lane, for a place, or for the next attempt. Oldest first. An ordered dict, because
         a plain one takes long to find its first key when many before it were removed."""
         self.going: deque[Run] = deque()
-        """Runs with a place that can go on at once."""
+        """Runs with a place that can continue at once."""
         self._ready: deque[Run] = deque()
         self._behind: dict[Hashable, deque[Run] | None] = {}
         """Lane that is in use -> the runs that wait in it."""
         self._pausing: set[Hashable] = set()
         """The lanes whose first run pauses."""
         self.behind_pauses = 0
-        """Runs that pause, and those that wait behind them."""
+        """The number of runs that pause, and of those that wait for them in their lanes."""
         self._stages: deque[Stage] = deque((Stage(),))
 
     def is_idle(self) -> bool:
@@ -159,7 +159,7 @@ class Lanes:
         return lane not in self._behind
 
     def lane_of(self, event: Item) -> Hashable:
-        """Return what an event has in common with those that it waits for."""
+        """Return the lane of an event: what it has in common with the events that it waits for."""
         order = self.order
         if order == "scope":
             return event.scope
@@ -168,7 +168,7 @@ class Lanes:
         return NO_LANE if order == "none" else ""
 
     def enter(self, run: Run) -> bool:
-        """Put a run behind those of its lane. Returns False if there are any: it waits."""
+        """Put a run after those of its lane. Returns False if there are any: then it waits."""
         lane, behind = self.lane_of(run.event), self._behind
         run.lane, run.stage = lane, self._stages[-1]
         waits = False
@@ -210,7 +210,7 @@ class Lanes:
             self.behind_pauses += len(self._behind[run.lane] or ())
 
     def _is_back(self, run: Run) -> None:
-        """It pauses no longer."""
+        """End the pause of a run in the counts."""
         run.paused = False
         self.behind_pauses -= 1
         if run.lane is not NO_LANE:
@@ -222,12 +222,12 @@ class Lanes:
         self._ready.append(run)
 
     def put_first(self, run: Run) -> None:
-        """A run that is the first of its lane waits for a place."""
+        """Let a run that is the first of its lane wait for a place."""
         self.aside[run] = None
         self._ready.append(run)
 
     def has_ready(self) -> bool:
-        """Return whether a run may wait for nothing but a place."""
+        """Return whether a run may be waiting only for a place."""
         return bool(self._ready)
 
     def next_ready(self) -> Run | None:
@@ -243,7 +243,7 @@ class Lanes:
         return None
 
     def end(self, run: Run) -> None:
-        """A run that has begun is over, its attempts included. Does nothing if it has not entered."""
+        """End a run that has begun, with all its attempts. Does nothing if it has not entered."""
         if self.begun.pop(run, _DROPPED) is not _DROPPED:
             if run.paused:
                 self._is_back(run)
@@ -266,7 +266,7 @@ class Lanes:
                 del behind[lane]
 
     def excuse(self, run: Run) -> None:
-        """Let barriers not wait for this run."""
+        """Make barriers not wait for this run."""
         stage, run.stage = run.stage, None
         if stage is not None:
             stage.open -= 1
@@ -278,12 +278,12 @@ class Lanes:
             try:
                 run = next((run for run in aside if not run.paused), None)
             except RuntimeError:
-                continue  # it was changed meanwhile
+                continue  # another thread has changed it
             if run is None or aside.pop(run, _DROPPED) is not _DROPPED:
                 return run
 
     def place(self, barrier: Barrier) -> None:
-        """Put a barrier behind all that is here now."""
+        """Put a barrier after all runs that are here now."""
         last = self._stages[-1]
         if not last.open and len(self._stages) > 1:
             self._stages[-2].barriers.append(barrier)
@@ -301,7 +301,7 @@ class Lanes:
         return [barrier for stage in self._stages.copy() for barrier in stage.barriers]
 
     def reached(self) -> list[Barrier]:
-        """Take out the barriers that have nothing before them any more."""
+        """Take out the barriers that no longer have a run before them."""
         stages, reached = self._stages, []
         while len(stages) > 1 and not stages[0].open:
             reached += stages.popleft().barriers

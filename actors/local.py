@@ -55,7 +55,7 @@ class LocalScope(ScopeInMemory):
     __slots__ = ("_acks", "_left", "_saved", "_saving", "pinned")
 
     def __init__(self, scope: str, around: Surroundings, *, keeps: bool, gated: bool = False) -> None:
-        """`keeps`: the store keeps it. `gated`: a write counts as done when it is on disk, and is answered then."""
+        """`keeps`: the store keeps the scope. `gated`: a write counts as done, and is answered, once it is on disk."""
         super().__init__(scope, around, keeps=keeps)
         if gated:
             self._gate = Gate(self, around)
@@ -65,19 +65,20 @@ class LocalScope(ScopeInMemory):
             self._sequence = 0  # until it is loaded
         self._saved = 0
         self._saving = False
-        """True if something was collected that is not saved: a new deadline, for one, has no number."""
+        """True if a collected change is not saved yet. `_sequence` does not show that: a new deadline, for example, has
+        no number."""
         self._acks: tuple[tuple[int, int], ...] = ()
-        """Deliveries that changes which are not collected yet acknowledge."""
+        """Deliveries that are acknowledged by changes not yet collected."""
         self._left: dict[str, bytes] | None = None
-        """The values of a closed scope, which only turns of handlers see."""
+        """The values of a closed scope, visible only to turns of handlers."""
         self.pinned = False
-        """True while the store cannot hold one of its values, which is then nowhere but here."""
+        """True while the store cannot hold one of its values, which then exists only in memory."""
         self._drains = False
         """True while a worker thread handles messages."""
         self._hold(None if keeps else {})
 
     def _hold(self, values: dict[str, bytes] | None) -> None:
-        """Have these values in memory, with what the other tables say of them. None: they must be loaded first."""
+        """Hold these values in memory, with the other tables about them. None: they must be loaded first."""
         self.readable, self._values, self._view, self._timed_view, self._unexpired = None, values, None, None, None
         self._ordered = _NO_KEYS
         if values is not None:
@@ -88,7 +89,7 @@ class LocalScope(ScopeInMemory):
         self._allow_reading()
 
     def _see_deadlines(self) -> None:
-        """From now on keys may have deadlines, or there is a rule: have what turns and other readers need then."""
+        """Prepare turns and other readers for deadlines or a rule, which the scope may have from now on."""
         if self._deadlines is NO_DEADLINES:
             self._deadlines = {}
         values, deadlines, around = self._values, self._deadlines, self._around
@@ -103,10 +104,11 @@ class LocalScope(ScopeInMemory):
         )
 
     def _allow_reading(self) -> None:
-        """Let callers read without a turn, where no message and no commit stands in the way. Within a turn."""
+        """Let callers read without a turn, unless a message or a commit must come first. Within a turn."""
         if not self._closed and (self._gate is None or not self._gate.unsettled):
-            self.readable = self._unexpired if self._deadlines else self._values  # with deadlines there is one
-            # Read after that: a sender that keeps order in between has cleared the flag, or clears `readable`.
+            self.readable = self._unexpired if self._deadlines else self._values  # with deadlines, it exists
+            # Checked after that: a sender that calls `keep_order` in between has cleared the flag, or clears
+            # `readable`.
             if not self._direct or not self.rule.reads_plainly:
                 self.readable = None
 
@@ -114,12 +116,12 @@ class LocalScope(ScopeInMemory):
         before = self.rule
         super().apply_rule(rule)
         if not rule.reads_plainly:
-            self.readable = None  # a turn that allows reading meanwhile looks at the rule afterwards
+            self.readable = None  # a turn that allows reading at the same time checks the rule afterwards
         elif not before.reads_plainly:
-            self._enqueue(Envelope(Ping(), self._dispatcher.reply()))  # behind it, reading is allowed
+            self._enqueue(Envelope(Ping(), self._dispatcher.reply()))  # after it, reading is allowed
 
     def _begin_deadlines(self) -> None:
-        """A key is about to get the first deadline of the scope: from now on readers look at deadlines."""
+        """Make readers check deadlines from now on: a key is about to get the first one of the scope."""
         if self._unexpired is None:
             self._see_deadlines()
         if self.readable is not None:
@@ -139,8 +141,8 @@ class LocalScope(ScopeInMemory):
         if (self._gate is not None and self._gate.unsettled) or (
             self._deadlines and self.next_due() <= self._around.clock.now_ms()
         ):
-            # A key that waits for its commit may never have been: this waits for it, as every reader does. And only a
-            # turn can tell whether some keys have not expired.
+            # A key that waits for its commit may turn out never to have existed: this waits for the commit, as every
+            # reader does. And only a turn can tell whether some keys have not expired.
             return bool(self.run(List()))
         values = self._values
         return None if values is None else bool(values)
@@ -170,7 +172,7 @@ class LocalScope(ScopeInMemory):
     # -------------------------------------------------------------------------------------------------------- ways in
 
     def run(self, turn: Turn[A]) -> A:
-        # `_if_idle`, written out: every write comes this way, and a call more would cost it 4 %.
+        # `_if_idle`, written inline: every write comes this way, and one more call would cost it 4 %.
         claim = self._claim
         if self._direct and not claim and self._gate is None:
             me = get_ident()
@@ -199,11 +201,11 @@ class LocalScope(ScopeInMemory):
         return super().run(turn)
 
     def _run_apart(self, turn: Turn[A]) -> A:
-        """Run a turn that reads more keys than one may, or while others wait. The scope is not claimed."""
+        """Run a turn that reads more keys than a turn may, or while other callers wait, without claiming the scope."""
         if self._mailbox:
             pass
         elif turn.writes:
-            self.run(_FIRST_KEY)  # has the index made
+            self.run(_FIRST_KEY)  # makes the index
         elif (apart := self._if_idle(self._apart, turn)) is not BUSY:
             found: A = apart.answer()
             return found
@@ -256,8 +258,8 @@ class LocalScope(ScopeInMemory):
         if view is None:
             return self._without_values(turn)
         kind = type(turn)
-        # The short ways: `decide` would cost a set 16 % more, and the calls that lead to it would cost an update 10 %.
-        # tests/properties/test_turns.py holds what they do equal to `decide`.
+        # Shortcuts: `decide` would cost a set 16 % more, and the calls that lead to it would cost an update 10 %.
+        # tests/properties/test_turns.py checks that they do the same as `decide`.
         if kind is Set:
             key: str = turn.key  # type: ignore[attr-defined]  # of a Set
             if self.rule is NO_RULE and not (self._deadlines and key in self._deadlines):
@@ -285,7 +287,7 @@ class LocalScope(ScopeInMemory):
         return self._decide(turn)
 
     def _decide(self, turn: Turn[A]) -> A:
-        """Have the turn decide, and commit what it has decided."""
+        """Call `decide` of the turn, and commit its changes."""
         rule, deadlines = self.rule, self._deadlines
         view = self._view
         if deadlines or rule is not NO_RULE:
@@ -307,15 +309,16 @@ class LocalScope(ScopeInMemory):
         return answer
 
     def _acknowledge(self, turn: DeliveryBatch) -> BatchResult:
-        """As `_decide`; what is changed is saved with the acknowledgement of a delivery."""
+        """As `_decide`; the changes are saved together with the acknowledgement of a delivery."""
         if turn.fence.setdefault("won", "turn") != "turn":
             raise Unsupported("the transaction of a delivery", "its attempt has ended before its turn came")
         if turn.is_elsewhere and turn.keys:
-            # It was on its way to another engine, whose store this one has opened. The next attempt acknowledges here.
+            # It was being sent to another engine, whose store this engine has opened since. The next attempt
+            # acknowledges here.
             key = turn.keys[0]
             raise Conflict(self.scope, (KeyConflict(0, key, None, self._revisions.get(key, 0)),))
         before, acks = self._sequence, self._acks
-        # Entered before the change: whatever interrupts this turn behind the change finds both.
+        # Entered before the change: if this turn is interrupted after the change, both are there.
         self._acks = acks + turn.acks
         try:
             return self._decide(turn)
@@ -326,7 +329,7 @@ class LocalScope(ScopeInMemory):
                 turn.fence["changed"] = "yes"
 
     def _set_with(self, turn: SetWith) -> SetResult:
-        """As `_decide`, for a set with a condition or a deadline: it takes half of the time."""
+        """As `_decide`, for a set with a condition or a deadline, in half the time."""
         key, asked, deadlines = turn.key, turn.deadline, self._deadlines
         expires_ms, now_ms = None, 0
         if asked is not NO_DEADLINE or (deadlines and key in deadlines):
@@ -342,7 +345,7 @@ class LocalScope(ScopeInMemory):
         if self.rule is not NO_RULE or (
             expected is not None and expected != (0 if old is None else self._revisions[key])
         ):
-            return self._decide(turn)  # the rule has a say, or it is refused
+            return self._decide(turn)  # a rule applies, or it is refused
         if now_ms and old is not None:
             self._write_timed(key, old, turn.data, expires_ms, now_ms)
         elif now_ms:
@@ -369,8 +372,8 @@ class LocalScope(ScopeInMemory):
     def _read_many(self, turn: Turn[A]) -> A:
         """As `_decide`, for a turn that reads many keys.
 
-        It queues behind those that wait: a caller that reads page after page has the scope claimed nearly all the time,
-        and a thread that waits would find it claimed for hundreds of milliseconds.
+        It queues after the calls that wait: a caller that reads page after page claims the scope nearly all the time,
+        and a waiting thread would find it claimed for hundreds of milliseconds.
         """
         if self._mailbox and not self._drains:
             raise TooLong
@@ -421,12 +424,15 @@ class LocalScope(ScopeInMemory):
         return turn.result(before, self._sequence)
 
     def _open(self, turn: Durable[A]) -> A:
-        if self._dirty is None:  # it was asked for where it could be promised, before another backend took over
+        if self._dirty is None:  # `durable` could be promised when it was asked for, before another backend took over
             raise self._not_durable()
         return self.on_receive(turn.turn)
 
     def _apart(self, turn: Turn[Any]) -> Any:
-        """Return what a turn reads, to be decided outside of it; BUSY if the scope has left memory. Within a turn."""
+        """Return copies of what a turn reads, to decide outside of a turn; BUSY if the scope has left memory.
+
+        Within a turn.
+        """
         view = self._view
         if view is None:
             return BUSY
@@ -467,12 +473,12 @@ class LocalScope(ScopeInMemory):
             return self._receive_long(message)
 
     def _receive_long(self, turn: Turn[Any]) -> Any:
-        """Answer a turn from the mailbox, or of a sender that does not wait, that reads more keys than one may."""
+        """Answer a turn that reads more keys than a turn may, from the mailbox or from a sender that does not wait."""
         if not self._drains and (turn.writes or self._mailbox):
-            return LATER  # a worker thread runs it: this one may be that of an event loop
+            return LATER  # a worker thread runs it: this may be the thread of an event loop
         if not turn.writes:
             return self._apart(turn)
-        # The index is made within the turn, so that what the sender writes next is written behind this turn.
+        # The index is made within the turn, so that the sender's next write comes after this turn.
         self._ordered.patient = True
         try:
             return super()._receive(turn)
@@ -539,13 +545,13 @@ class LocalScope(ScopeInMemory):
         self._expect()
 
     def _serve_handler(self, turn: Turn[A]) -> A:
-        """A turn of a closed scope: refused to callers; for a handler, as if it were open, until all is drained."""
+        """Run a turn of a closed scope: callers are refused; handlers are served as before until all is drained."""
         self._refuse_if_closed(event_depth.get())
         if self._left is None:
             self._load(turn)
         else:
             self._hold(self._left)
-        self._ordered.patient = True  # few turns come, and the scope leaves memory then
+        self._ordered.patient = True  # few turns come, and then the scope leaves memory
         try:
             return self.on_receive(turn)
         finally:
@@ -598,7 +604,7 @@ class LocalScope(ScopeInMemory):
         )
         now_dirty, now_removed, now_answers = dict[str, None](), dict[int, None](), dict[str, Answer | None]()
         kept = self._answers
-        # Nothing below needs memory: what was collected reaches the store, or stays to be collected.
+        # Nothing below allocates memory: collected changes reach the store, or remain to be collected.
         self._dirty, self._removed, self._acks = now_dirty, now_removed, ()
         if answers:
             kept.unsaved = now_answers
@@ -612,21 +618,21 @@ class LocalScope(ScopeInMemory):
             self._accept_writes()
 
     def forget_changes(self) -> None:
-        """Drop what is in memory, saved or not: the next call loads the scope as it is in the store. Within a turn."""
+        """Drop everything in memory, saved or not: the next call loads the scope from the store. Within a turn."""
         self._expect()
         self._forget()
         self._dirty, self._removed, self._acks = {}, {}, ()
         self._saved, self._saving = self._sequence, False
 
     def _forget(self) -> None:
-        """Have nothing in memory."""
+        """Empty the tables in memory."""
         self._left = None
         self._hold(None)
         self._revisions, self._created, self._deadlines, self._answers = {}, {}, NO_DEADLINES, NO_ANSWERS
         self._wheel = None
 
     def is_clean(self) -> bool:
-        """True if everything that was to be saved is collected."""
+        """True if every change to save is collected."""
         return not self._dirty and not self._answers.unsaved
 
     def is_dirty(self, keys: tuple[str, ...]) -> bool:
@@ -635,8 +641,8 @@ class LocalScope(ScopeInMemory):
         return any(key in dirty for key in keys)
 
     def _passivate(self) -> bool:
-        # First out of the directory, then empty: a caller that still has this actor finds no values and is sent on to
-        # its successor; a reader that already has the values reads what was current after it began.
+        # First remove it from the directory, then empty it: a caller that still has this actor finds no values and is
+        # passed on to its successor; a reader that already has the values reads what was current after it began.
         if not super()._passivate():
             return False
         self._forget()
@@ -646,12 +652,12 @@ class LocalScope(ScopeInMemory):
         return super()._is_needed() or not self._is_saved()
 
     def _note_leaving(self) -> None:
-        self._expect()  # its keys expire all the same
+        self._expect()  # its keys still expire
         if self._dirty is None:  # else the store keeps the number
             super()._note_leaving()
 
     def _is_saved(self) -> bool:
-        """True if the scope can be made again as it is: from the store, or because it was never written."""
+        """True if the scope can be restored as it is: from the store, or because it was never written."""
         if self._gate is not None and self._gate.is_waiting():
             return False
         if self._dirty is None:
@@ -669,7 +675,8 @@ _WAYS: Final[dict[type[Turn[Any]], Callable[[LocalScope, Any], Any]]] = {
     Touch: LocalScope._touch,
     Durable: LocalScope._open,
 }
-"""Turns that do not simply decide. tests/properties/test_turns.py holds what they do equal to `decide`."""
+"""Turns with a shortcut instead of `decide`. tests/properties/test_turns.py checks that they do the same as
+`decide`."""
 
 _OF_NO_STATE: Final = (HandlerFull, Overloaded, EngineClosed)
 """Refusals that say nothing about the values of the scope."""

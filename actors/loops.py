@@ -1,6 +1,6 @@
 """Event loops: calls onto them from other threads, replies that their tasks wait for, and the engine's own loop.
 
-asyncio takes 20 ms to import, which programs without coroutines need not spend: it is imported where it is needed.
+asyncio takes 20 ms to import, which programs without coroutines can save: it is imported where it is needed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Continue = Callable[[Any, BaseException | None], None]
 """Takes the outcome of an awaitable: a value, or an error."""
 
 CANCEL_GRACE_S: Final = 1.0
-"""How long a coroutine may take to end before it is given up, if it was cancelled: at its time limit, or because the
+"""How long a cancelled coroutine may take to end before it is abandoned. It is cancelled at its time limit, or when the
 engine's own loop ends."""
 
 LOOK_S: Final = 0.25
@@ -63,7 +63,7 @@ class Pending(Protocol):
 
 
 class Overdue(Exception):
-    """The awaitable took longer than its time limit. Not TimeoutError, which it may raise by itself."""
+    """The awaitable took longer than its time limit. Not TimeoutError, which the awaitable itself may raise."""
 
 
 class LoopCalls:
@@ -93,15 +93,15 @@ class LoopCalls:
         self._look_at(min(call.due_s, now + LOOK_S), now)
 
     def remove(self, call: OnLoop) -> None:
-        """The call has its outcome."""
+        """Stop watching a call, which has its outcome."""
         self._open.pop(call, None)
 
     def give_up(self, call: OnLoop) -> None:
-        """The loop of `call` did not even cancel it: the engine's own loop is replaced by a new one."""
+        """Replace the engine's own loop by a new one if it is the loop of `call`, which it could not even cancel."""
         self._replace(call.loop)
 
     def problems(self) -> list[str]:
-        """Say which open calls wait for a loop that does not run, or are overdue."""
+        """Describe the open calls that wait for a loop that does not run, or are overdue."""
         now = self._dispatcher.monotonic()
         return [problem for call in list(self._open) if (problem := self._problem_of(call, now)) is not None]
 
@@ -155,7 +155,7 @@ class _Pulse:
         self._answered = True
 
     def silent_s(self, now: float) -> float:
-        """For how long it has not answered."""
+        """Return for how long it has not answered."""
         return 0.0 if self._answered else now - self._asked_s
 
     def look(self, now: float) -> None:
@@ -174,8 +174,8 @@ class _Pulse:
 class OnLoop:
     """An awaitable that runs on an event loop while the actor that awaits it keeps no thread.
 
-    Whatever it raises is its outcome, SystemExit and CancelledError included; the loop goes on. It is cancelled at its
-    time limit. If it does not end then, or its loop does not run, it is given up.
+    Whatever it raises is its outcome, including SystemExit and CancelledError; the loop continues. It is cancelled at
+    its time limit. If it does not end then, or its loop does not run, it is abandoned.
     """
 
     def __init__(
@@ -187,8 +187,11 @@ class OnLoop:
         timeout_s: float = 0.0,
         stopped_s: float | None = None,
     ) -> None:
-        """`what` names it in messages. `stopped_s`: give it up when its loop has not been running for so many seconds,
-        or has been blocked for so many seconds before it began."""
+        """`what` names it in messages.
+
+        `stopped_s`: abandon it when its loop has not been running for this many seconds, or has been blocked for this
+        many seconds before it began.
+        """
         self.loop = loop
         self.what = what
         self.timeout_s = timeout_s
@@ -232,7 +235,7 @@ class OnLoop:
         self._ask_to_cancel()
 
     def look(self, now: float) -> None:
-        """Check whether it is late, or its loop has gone. Called on the dispatcher's timer."""
+        """Check whether it is late, or its loop was closed. Called on the dispatcher's timer."""
         loop = self.loop
         if loop.is_closed():
             self._settle(None, RuntimeError("the event loop it belongs to was closed before it was done"))
@@ -310,7 +313,7 @@ class OnLoop:
         contained(lambda: go_on(value, error), f"continuing after {self.what}", log)
 
     def _drop(self) -> None:
-        """Close what never began: otherwise Python warns that it was never awaited."""
+        """Close a coroutine that never began: otherwise Python warns that it was never awaited."""
         close_unrun(self._awaitable)
 
 
@@ -321,7 +324,10 @@ def _cancelled(text: str) -> BaseException:
 
 
 async def _outcome(awaitable: Awaitable[Any]) -> tuple[Any, BaseException | None]:
-    """Return what `awaitable` gives or raises. A task that raised SystemExit would end its event loop."""
+    """Return the result of `awaitable`, or the error that it raises.
+
+    A task that raised SystemExit would end its event loop.
+    """
     import asyncio  # noqa: PLC0415 - see above
 
     try:
@@ -363,7 +369,7 @@ class LoopThread:
             loop = asyncio.new_event_loop()
             thread = threading.Thread(target=self._run, args=(loop,), name=self._name, daemon=True)
             thread.start()
-            # Only now: a start that was interrupted is done again.
+            # Only now: an interrupted start is repeated.
             self._loop, self._thread = loop, thread
         return self._loop
 
@@ -377,7 +383,7 @@ class LoopThread:
         return loop, thread
 
     def replace(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Give up `loop`, which is blocked, if it is the one in use. The next call gets a new one."""
+        """Abandon `loop`, which is blocked, if it is the one in use. The next call gets a new loop."""
         if self._take(loop)[0] is None:
             return
         log.error(
@@ -387,7 +393,7 @@ class LoopThread:
         self._end(loop)
 
     def close(self) -> None:
-        """Cancel what still runs there, end the thread and close the loop. Idempotent."""
+        """Cancel the tasks that still run on it, end the thread and close the loop. Idempotent."""
         loop, thread = self._take(None)
         if loop is None or thread is None:
             return
@@ -458,7 +464,7 @@ class LoopReply:
         return self.future.cancelled()
 
     def expire(self) -> None:
-        """Cancel the wait of the task: its time is over. On the loop's thread."""
+        """Cancel the wait of the task, whose time is over. On the loop's thread."""
         if not self.future.done():
             self.expired = True
             self.future.cancel()
@@ -495,10 +501,10 @@ class LoopReply:
 class Deadlines:
     """Expires the replies of one event loop that have waited too long. Used on the loop's thread only.
 
-    There is one timer for all waits of one length, of which the oldest is due first. A timer for each (`call_later`,
-    `asyncio.wait_for`) took a quarter of the time of an asyncio write that shares a commit. Usually all waits have the
-    same length; a reload of `call_timeout_ms` adds another, until the last wait of the old length is over. Refused: a
-    heap, which would keep each reply until it is due, although nearly all are answered long before.
+    There is one timer for all waits of the same length, of which the oldest is due first. A timer for each
+    (`call_later`, `asyncio.wait_for`) took a quarter of the time of an asyncio write that shares a commit. Usually all
+    waits have the same length; a reload of `call_timeout_ms` adds another, until the last wait of the old length is
+    over. Refused: a heap, which would keep each reply until it is due, although nearly all are answered long before.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:

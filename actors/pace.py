@@ -1,4 +1,4 @@
-"""How many events an engine may hold of a consumer that it shares with other engines."""
+"""How many events an engine may hold for a consumer that it shares with other engines."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from scopestate.ops.triggers import Trigger
 
 MOST_AHEAD: Final = 512
-"""Events that an engine holds and that wait for nothing but their turn, at most: other engines would be idle."""
+"""The most events that an engine holds and that wait only for their turn. With more, other engines would be idle."""
 _AHEAD_S: Final = 0.05
-"""For how long they last, approximately, at the pace of the handler."""
+"""How many seconds of work they are, approximately, at the pace of the handler."""
 
 
 class Pace:
@@ -33,8 +33,8 @@ class Pace:
         return int(max(self._per_s * _AHEAD_S, self.ended if passed_s < _AHEAD_S else 0))
 
     def room(self, trigger: Trigger) -> int:
-        """Return how many events the engine may hold, those not counted that wait for another attempt."""
+        """Return how many events the engine may hold, not counting those that wait for another attempt."""
         at_once = trigger.concurrency * (trigger.batch or 1)
         if trigger.debounce is not None:
-            at_once = max(at_once, MOST_AHEAD)  # each key rests by itself, and what rests is held
+            at_once = max(at_once, MOST_AHEAD)  # each key is debounced separately, and debounced events are held
         return min(2 * at_once + self.ahead(), MOST_AHEAD + at_once)

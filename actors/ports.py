@@ -42,12 +42,12 @@ class WriteRule(msgspec.Struct, frozen=True):
 
     @property
     def reads_plainly(self) -> bool:
-        """True if what is stored is what is read: no value is brought up to date."""
+        """True if values are read as they are stored: none is upgraded."""
         return self.values is None or self.values.versions is None
 
     @property
     def needs_entries(self) -> bool:
-        """True if writes need more than values: the time, or what becomes of an op that is refused."""
+        """True if writes need more than values: the time, or whether an update is refused as a whole."""
         return self.ttl is not None or self.strict
 
 
@@ -79,10 +79,10 @@ class Answer(msgspec.Struct, frozen=True, gc=False):
 
 
 ANSWERS_KEPT_MS: Final = 24 * 60 * 60 * 1000
-"""An answer is kept for so many milliseconds, as long as its scope has no more than the next two numbers allow."""
+"""How many milliseconds an answer is kept, as long as its scope has no more answers than the next two limits allow."""
 ANSWERS_OF_A_SCOPE: Final = 10_000
 ANSWER_BYTES_OF_A_SCOPE: Final = 64 * 1024 * 1024
-"""The oldest answers go first. The newest one is kept, whatever its size."""
+"""The oldest answers are dropped first. The newest one is kept, whatever its size."""
 
 
 class ScopeState(msgspec.Struct):
@@ -92,7 +92,7 @@ class ScopeState(msgspec.Struct):
     """
 
     values: dict[str, bytes]
-    """key -> JSON, in the order of creation. Keys that have expired are there too."""
+    """key -> JSON, in the order of creation. Includes keys that have expired."""
     revisions: dict[str, int]
     """key -> the number of the write that changed it last."""
     created: dict[str, int]
@@ -100,12 +100,13 @@ class ScopeState(msgspec.Struct):
     deadlines: dict[str, int]
     """key -> when it expires, in milliseconds since the epoch; only keys that do."""
     revision: int
-    """The number behind which the scope goes on; 0 for one that was never saved. It never goes back.
+    """The number after which the scope continues; 0 for a scope that was never saved. It never decreases.
 
-    The number of the last write saved; higher if the store was not closed in order, by what the scope may have given.
+    The number of the last write saved; if the store was not closed cleanly, higher by the number of revisions that the
+    scope may have assigned since.
     """
     answers: dict[str, Answer] = {}
-    """idempotency key -> answer, the oldest first. Those older than `ANSWERS_KEPT_MS` may be there too."""
+    """idempotency key -> answer, the oldest first. May include answers older than `ANSWERS_KEPT_MS`."""
 
     @classmethod
     def of(cls, rows: dict[str, Row], revision: int = 0, answers: dict[str, Answer] | None = None) -> ScopeState:
@@ -133,24 +134,25 @@ class ScopeChange(msgspec.Struct):
     revision: int
     """The number of the last write that it includes."""
     entries: dict[str, Row | None]
-    """key -> its new row, or None for a deleted key. One that got another deadline only has the same revision."""
+    """key -> its new row, or None for a deleted key. A key whose deadline alone has changed keeps its revision."""
     removed: list[int] = []
     """`created` of each deleted entry that may be in the store, even if its key exists again."""
     due_ms: int | None = None
     """When the first key of the scope expires; None if none does. Earlier than that does no harm."""
     answers: dict[str, Answer | None] = {}
-    """idempotency key -> an answer to keep, or None for one that is kept no longer because of newer ones.
+    """idempotency key -> an answer to keep, or None for one that newer answers have displaced.
 
-    Those that are too old may be named too; the store removes them by itself, also of scopes that are not in memory.
+    May include answers that are too old; the store also removes those on its own, even of scopes that are not in
+    memory.
     """
     log: Sequence[StateEvent] = ()
     """Its changes for the journal, in order: each since the last save, not just the newest of a key. They have their
-    positions, and revisions up to `revision`. The journal keeps all that says of an event, except what belongs to a
+    positions, and revisions up to `revision`. The journal keeps all fields of an event except those that belong to a
     trigger (`coalesced`, `metadata`)."""
     logged_since: int | None = None
-    """Every change of the scope behind this number is in `log`, or was in that of an earlier save. None: there may be
-    others. It is the revision before the first event of the scope that was entered since this engine began to log it
-    without a gap."""
+    """Every change of the scope after this number is in `log`, or was in the `log` of an earlier save. None: changes
+    may be missing. It is the revision before the first event of the scope that was entered since this engine began to
+    log it without a gap."""
     acks: Sequence[tuple[int, int]] = ()
     """Consumer and position of deliveries that are over because of this change."""
 
@@ -158,21 +160,22 @@ class ScopeChange(msgspec.Struct):
 class Store(ABC):
     """What the scopes of one engine are saved in. Every method may be called from any thread.
 
-    `load` and `scopes` may run beside each other and beside `save`; `save` runs in one thread at a time.
+    `load` and `scopes` may run concurrently with each other and with `save`; `save` runs in one thread at a time.
     Library errors never escape: each method raises `StorageError` or a subclass.
     """
 
     id: str = ""
-    """The same for the life of the store, and of no other: cursors of pages name it. "": each engine takes its own."""
+    """Unique to the store and constant for its life: cursors of pages name it. "": each engine uses an id of its
+    own."""
     largest_value: int = 0
     """Bytes of the largest value that it can hold; 0: no limit."""
     longest_name: int = sys.maxsize
     """Characters of the longest scope or key that it can hold."""
     clock_ms: int = 0
-    """The time, in milliseconds since the epoch. The engine sets it before it saves, and each save keeps it: when the
-    store is opened, it is that of its last save, 0 if there was none. It never goes back."""
+    """The time, in milliseconds since the epoch. The engine sets it before it saves, and each save stores it: when the
+    store is opened, it is the time of the last save, or 0 if there was no save. It never goes back."""
     journal: Journal | None = None
-    """Its journal; None if it has none: then it is never given a `log`, `acks` or consumers."""
+    """The journal; None if the store has no journal: then it never gets a `log`, `acks` or consumers."""
 
     @abstractmethod
     def load(self, scope: str) -> ScopeState:
@@ -186,8 +189,8 @@ class Store(ABC):
     def save(self, batch: Sequence[ScopeChange], consumers: Sequence[ConsumerChange] = ()) -> None:
         """Write the batch in order, and what has changed of consumers, as one transaction.
 
-        On return every change survives power loss; on raise none of them was written. A scope may occur more than
-        once; the later change is the newer one.
+        On return every change survives a power loss; if it raises, none of them was written. A scope may occur more
+        than once; the later change is the newer one.
         """
 
     def problem(self) -> str | None:
@@ -200,7 +203,7 @@ class Store(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Release the store, in which everything is saved. Idempotent."""
+        """Release the store, once everything is saved. Idempotent."""
 
 
 class Arrivals(Protocol):
@@ -231,7 +234,7 @@ class ChangeSource(ABC):
         """Send a poll and wait for its answer, not on the thread of an event loop. Raises what the poll raises."""
 
     def hand_over(self, to: ChangeSource) -> None:
-        """Another one answers all polls from now on, and those that were begun since the backend has left."""
+        """Let another source answer all further polls, and those that were begun since the backend has left."""
         raise NotImplementedError
 
 
@@ -239,33 +242,33 @@ class Backend(ABC):
     """Where the scopes of one engine live. Every method may be called from any thread.
 
     `scopestate.opening` makes it from the configuration; no other part of the engine asks which one it is. A backend
-    says what it can do by these methods and attributes, so that nothing has to be guessed from what it has or lacks.
+    states what it can do by these methods and attributes; callers do not probe for other ones.
     """
 
     keeps: bool = True
     """True if the state outlives the engine."""
     store: Store | None = None
-    """What the engine saves its scopes in; None if they are kept elsewhere, or not at all."""
+    """The store that the engine saves its scopes in; None if they are kept elsewhere, or not at all."""
     largest_value: int = 0
     """Bytes of the largest value that a scope can hold; 0: no limit."""
     longest_name: int = sys.maxsize
     """Characters of the longest scope or key."""
     consumers: Consumers | None = None
-    """What keeps the events of durable triggers, if they are not in the journal of `store`; None: nothing does."""
+    """Keeps the events of durable triggers if they are not in the journal of `store`; None: nothing does."""
     saves_elsewhere: bool = False
     """True if `flush` may wait."""
     changes: ChangeSource | None = None
-    """Where watches of its scopes take their changes; None: from the writes of this engine."""
+    """Where watches of its scopes get their changes from; None: from the writes of this engine."""
     arrivals: Arrivals | None = None
-    """What brings events of other engines; None if every event is one of a write through this engine."""
+    """Delivers events of other engines; None if every event comes from a write through this engine."""
     unwatchable: str | None = None
     """Why the scopes cannot be watched; None: they can be."""
     call_elsewhere: Callable[[str, bytes], bytes | None] | None = None
-    """Calls a function that changes nothing of the engine that has the scopes, by its id and with JSON, and waits for
-    the result; None: no other engine has them. It raises the error of the call."""
+    """Calls a read-only function of the engine that has the scopes, by its id and with JSON, and waits for the result;
+    None: no other engine has them. Raises the error of the call."""
     catch_up: Callable[[], object] | None = None
-    """Waits until every change that was made by now is in the feed; it may wait for a server, and raises StorageError.
-    None: the router's turns enter them."""
+    """Waits until every change that was made by now is in the feed; it may wait for a server, and may raise
+    StorageError. None: the router's turns enter them."""
 
     @abstractmethod
     def make_scope(self, scope: str, around: Surroundings) -> ScopeActor:
@@ -275,21 +278,21 @@ class Backend(ABC):
     def scopes(self) -> list[str]:
         """Return the names of the scopes that hold a key, in no particular order. Raises StorageError.
 
-        Of scopes that are in this engine's memory it need not know.
+        Scopes in this engine's memory may be missing.
         """
 
     def durability(self, scope: str) -> Durability:
-        """Return when this engine saves the writes of a scope; `memory` if that is not its business."""
+        """Return when this engine saves the writes of a scope; `memory` if it does not save them."""
         del scope
         return "memory"
 
     def start(self, around: Surroundings) -> None:  # noqa: B027 - most have nothing to start
-        """The engine is complete and its configured triggers are registered: events may come from elsewhere."""
+        """Begin to take events from elsewhere: the engine is complete and its configured triggers are registered."""
 
     def listen(self, *, wait: bool = True) -> None:  # noqa: B027 - as above
-        """A trigger was registered that is not durable. On return, events from elsewhere come for it too.
+        """Take events from elsewhere also for a newly registered trigger that is not durable.
 
-        With `wait=False` it returns at once, and they come a little later: for event loops.
+        With `wait=False` it returns at once, and the events begin a little later: for event loops.
         """
 
     def flush(self) -> None:  # noqa: B027 - as above
@@ -300,16 +303,17 @@ class Backend(ABC):
         return {}
 
     def problem(self) -> str | None:
-        """Return what is wrong now, in words, for `Health.problems`; None if all is well."""
+        """Return a description of the current problem, for `Health.problems`; None if all is well."""
         return None
 
     def leave(self) -> str | None:
-        """Another backend takes the scopes over. On return nothing that was begun is under way: it has its outcome.
+        """Stop, because another backend takes over the scopes.
 
-        Returns the cursor behind which no change has fired a trigger here; None: none is to.
+        On return everything that was begun has its outcome. Returns the cursor after which no change has fired a
+        trigger here; None: no triggers are to be fired.
 
-        Calls that were not begun wait in the scopes, which send nothing any more. Idempotent. It may wait; not on a
-        thread of the backend. Only of a backend whose scopes can leave (`ScopeActor.can_leave`).
+        Calls that were not begun wait in the scopes, which send nothing any more. Idempotent. It may wait, so not on a
+        thread of the backend. Only for a backend whose scopes can leave (`ScopeActor.can_leave`).
         """
         raise NotImplementedError
 
@@ -319,7 +323,8 @@ class Backend(ABC):
 
 
 Wait = Annotated[int, msgspec.Meta(ge=1, le=86_400_000)]
-"""Milliseconds, at most one day. Keeps typing errors (or nanoseconds) away from timers, which overflow far above."""
+"""Milliseconds, at most one day. Keeps typing errors (or nanoseconds) away from timers, which overflow at much larger
+values."""
 
 
 class Mistake(NamedTuple):
@@ -334,7 +339,7 @@ class Options(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """The options of a backend: `config:` of an adapter, which the configuration file is read into."""
 
     removed: ClassVar[dict[str, str]] = {}
-    """Options of earlier versions, with what to write in their place."""
+    """Options of earlier versions, with what to write instead."""
 
     def mistakes(self) -> Iterator[Mistake]:
         """Yield the mistakes that the types do not show. An option at its default is never one."""

@@ -1,8 +1,8 @@
-"""How far a consumer of the journal has come: what is fetched, what is over, and what a save has to write. Pure.
+"""The progress of a consumer of the journal: what is fetched, what is over, and what a save has to write. Pure.
 
-Positions are those of the journal. A save writes `done`, which says that every delivery up to it is over but for those
-with a row of their own, and rows for what that does not say. Events of different scopes are saved in any order, so an
-event below the newest one may come later: `floor` is how far all of them are here.
+Positions are those of the journal. A save writes `done`, which says that every delivery up to it is over except those
+with a row of their own, and rows for everything else. Events of different scopes are saved in any order, so an event
+below the newest one may come later: `floor` is how far all of them are here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from scopestate.actors.journal import ConsumerChange, Letter, Pending, SavedCons
 from scopestate.ops.results import StateEvent
 
 MANY: Final = 256
-"""With more rows than this for what is over behind `done`, it is looked at which rows are fewer."""
+"""With more rows than this for deliveries that are over after `done`, the save chooses the form with fewer rows."""
 
 
 class Progress:
@@ -26,23 +26,23 @@ class Progress:
         self.floor = saved.done
         """Everything up to here was fetched."""
         self.above = set(saved.acked)
-        """Positions behind `floor` that were fetched."""
+        """Positions after `floor` that were fetched."""
         self.open: dict[int, None] = {}
         """Deliveries that are not over."""
         self.dead = saved.dead
         """Dead letters that it has."""
         self._done = saved.done
-        """As it was saved."""
+        """The value of `done` that was saved last."""
         self._known = saved.pending
         self._begun = saved.begun
         self._rows = set(saved.pending)
         """Deliveries that have a row as pending in the store."""
         self._acked: list[int] = []
-        """Over, and not saved yet."""
+        """Deliveries that are over, and not saved yet as such."""
         self._over: list[int] = []
-        """Over, and not saved yet, one by one."""
+        """Deliveries that are over and need a row of their own in the next save."""
         self._pending: dict[int, Pending] = {}
-        """Not over, and not saved yet as it is."""
+        """Deliveries that are not over, and whose state is not saved yet."""
         self._letters: list[Letter] = []
         self._joined: set[int] = set()
         """Deliveries that a transaction acknowledges: over when the change of its scope is saved."""
@@ -54,8 +54,8 @@ class Progress:
     def pending_at_start(self) -> list[int]:
         """Return the positions up to `floor` that an earlier session has left, in order.
 
-        Those behind it come with the events around them: an event of the same key before it may have been handled, and
-        that not saved.
+        Those after it come with the events around them: an earlier event of the same key may have been handled without
+        that being saved.
         """
         return sorted(position for position in self._known if position <= self.floor)
 
@@ -65,11 +65,11 @@ class Progress:
         return bool(self._begun)
 
     def is_left(self, position: int) -> bool:
-        """Return whether an earlier session has begun with a delivery, or left a row of it."""
+        """Return whether an earlier session has begun a delivery, or left a row of it."""
         return position in self._known
 
     def overlooked(self) -> list[int]:
-        """Return what an earlier session has left up to `floor` and was not read, in order."""
+        """Return the deliveries up to `floor` that an earlier session has left and that were not read, in order."""
         return sorted(position for position in self._known if position <= self.floor) if self._known else []
 
     def held(self, event: StateEvent) -> Held:
@@ -78,19 +78,19 @@ class Progress:
         known, begun = self._known.pop(position, None), self._begun.pop(position, 0)
         if known is None:
             return Held(event, begun, cut_off=bool(begun))
-        # An attempt that a kill has cut off is tried again at once.
+        # An attempt that was interrupted by a kill is repeated at once.
         cut_off = begun > known.attempts
         due_ms = 0 if cut_off else known.due_ms
         return Held(event, max(known.attempts, begun), known.first_ms, due_ms, known.error, cut_off, known.held)
 
     def lost(self, position: int) -> None:
-        """The journal does not have the event of a pending delivery."""
+        """Drop a pending delivery whose event the journal does not have."""
         self._known.pop(position, None)
         self._acked.append(position)
         self.open.pop(position, None)
 
     def fetched(self, position: int) -> bool:
-        """Note an event that is fetched and is to be handled. False: it was fetched before."""
+        """Record a fetched event that is to be handled. False: it was fetched before."""
         if position <= self.floor or position in self.above:
             return False
         self.above.add(position)
@@ -98,12 +98,12 @@ class Progress:
         return True
 
     def passed(self, position: int) -> None:
-        """Note an event that is fetched and is not for this consumer."""
+        """Record a fetched event that is not for this consumer."""
         if position > self.floor:
             self.above.add(position)
 
     def reach(self, floor: int) -> None:
-        """Every event up to here was fetched, or passed."""
+        """Record that every event up to `floor` was fetched or passed."""
         if floor > self.floor:
             self.floor = floor
             self.above = {position for position in self.above if position > floor}
@@ -111,15 +111,15 @@ class Progress:
     # ------------------------------------------------------------------------------------------------------- outcomes
 
     def join(self, position: int) -> None:
-        """A transaction is about to acknowledge a delivery."""
+        """Record that a transaction is about to acknowledge a delivery."""
         self._joined.add(position)
 
     def part(self, position: int) -> None:
-        """The transaction has failed."""
+        """Undo `join`: the transaction has failed."""
         self._joined.discard(position)
 
     def joined_is_saved(self, position: int) -> None:
-        """The change with the acknowledgement is on disk."""
+        """Record that the change with the acknowledgement is on disk."""
         self._joined.discard(position)
         self._pending.pop(position, None)
         self._rows.discard(position)
@@ -127,7 +127,7 @@ class Progress:
         self.open.pop(position, None)
 
     def end(self, outcome: Outcome, now_ms: int) -> None:
-        """Note how an attempt has ended."""
+        """Record how an attempt has ended."""
         position = outcome.position
         if position not in self.open or position in self._joined:
             return
@@ -144,7 +144,7 @@ class Progress:
             )
         if outcome.verdict == "retry":
             return
-        assert outcome.event is not None  # of what is given up the runtime gives the event
+        assert outcome.event is not None  # the runtime passes the event of a delivery that it gives up
         self._letters.append(
             Letter(
                 0,
@@ -163,27 +163,27 @@ class Progress:
             del self.open[position]
 
     def reopen(self, pending: Pending) -> None:
-        """A dead letter is a delivery again, and saved as one."""
+        """Record that a dead letter is a delivery again, and is saved as one."""
         self.open[pending.position] = None
         self._rows.add(pending.position)
         self._known[pending.position] = pending
         self._begun.pop(pending.position, None)
 
     def released(self, position: int) -> None:
-        """The letter that held its lane back was purged: the delivery is over, and that is saved."""
+        """Record that a delivery is over, and that this is saved: the letter that held its lane back was purged."""
         self._pending.pop(position, None)
         self._rows.discard(position)
         self.open.pop(position, None)
 
     def losing(self, positions: Iterable[int]) -> list[int] | None:
-        """Return which of these deliveries are not over. None: what has become of some is to be saved first."""
+        """Return which of these deliveries are not over. None: the outcome of some must be saved first."""
         if any(one.held for one in self._pending.values()):
             return None
         floor, above, still = self.floor, self.above, self.open
         return [p for p in positions if p in still or (p > floor and p not in above)]
 
     def skip(self, positions: Sequence[int]) -> list[int]:
-        """These deliveries are lost, and that is saved. Return those that were fetched."""
+        """Record that these deliveries are lost, and that this is saved. Return those that were fetched."""
         gone = [position for position in positions if position in self.open]
         for position in gone:
             del self.open[position]
@@ -199,14 +199,15 @@ class Progress:
     # --------------------------------------------------------------------------------------------------------- saving
 
     def unsaved(self) -> int:
-        """Return how much of what has ended is not saved."""
+        """Return how many ended deliveries are not saved."""
         return len(self._acked) + len(self._pending) + len(self._letters)
 
     def change(self) -> ConsumerChange | None:
         """Return what a save has to write; None if nothing has changed. `saved` or nothing follows."""
         done = min(self.floor, min(self.open) - 1) if self.open else self.floor
         done = max(done, self._done)
-        # Not what a transaction acknowledges: its acknowledgement may be in the same save, and is written before this.
+        # Not deliveries that a transaction acknowledges: the acknowledgement may be in the same save, and is written
+        # before.
         sent = {position: one for position, one in self._pending.items() if position not in self._joined}
         pending = list(sent.values())
         acked, rows = self._acked.copy(), self._rows
@@ -224,7 +225,7 @@ class Progress:
         return ConsumerChange(self.number, done, told, pending, self._letters.copy(), self._over.copy())
 
     def saved(self, change: ConsumerChange) -> None:
-        """What `change` has returned last is on disk."""
+        """Record that the last result of `change` is on disk."""
         count, over_count, pending = self._sending
         del self._acked[:count]
         del self._over[:over_count]

@@ -29,7 +29,7 @@ class Ref(pykka.ActorRef[Any]):
     """A ref whose `stop` sends a message of ours: Pykka's own is private to it."""
 
     def stop(self, *, block: bool = True, timeout: float | None = None) -> Any:
-        """Stop the actor behind what waits for it. True if it was stopped, False if it had stopped before."""
+        """Stop the actor after its waiting messages. True if it was stopped, False if it had stopped before."""
         asked = self.ask(Stop(), block=False)
 
         def result(timeout_s: float | None) -> bool:
@@ -45,7 +45,7 @@ class Ref(pykka.ActorRef[Any]):
 
 
 class _WhenAsked:
-    """An attribute that is made at first sight and then kept in the instance."""
+    """An attribute that is made when it is first read, and then kept in the instance."""
 
     def __init__(self, make: Callable[[Any], object]) -> None:
         self._make = make
@@ -64,7 +64,7 @@ class _Inbox:
         self._actor = actor
 
     def put(self, envelope: Any, /) -> None:
-        """Take an envelope of Pykka's; its future is one of ours, from `_create_future`."""
+        """Take an envelope of Pykka; its future is one of ours, from `_create_future`."""
         self._actor.take_from_ref(envelope.message, envelope.reply_to)
 
     def empty(self) -> bool:
@@ -79,11 +79,11 @@ def _stopped_event(actor: PykkaFace) -> threading.Event:
 
 
 class PykkaFace(pykka.Actor):
-    """The part of an actor that Pykka looks at. How messages are queued and handled is the subclass's.
+    """The part of an actor that Pykka uses. The subclass decides how messages are queued and handled.
 
     Pykka's own `__init__` makes a uuid, an Event and a queue: 2 KB and 8 us, too much for each of 100,000 scopes.
-    So it is not called, and what it promises is made when first asked for. Refused: `__getattr__`, which would make
-    every attribute of every actor several times slower to read.
+    So it is not called, and the attributes that it would set are made when they are first read. Refused: `__getattr__`,
+    which would make every attribute of every actor several times slower to read.
     """
 
     _dead = False
@@ -94,11 +94,11 @@ class PykkaFace(pykka.Actor):
     actor_ref = _WhenAsked(Ref)
 
     def __init__(self) -> None:
-        """Make nothing of Pykka's."""
+        """Do not call Pykka's constructor; see the class."""
 
     @property
     def name(self) -> str:
-        """How messages and logs call this actor."""
+        """The name of this actor in messages and logs."""
         return type(self).__name__
 
     def take_from_ref(self, message: Any, reply: Reply[Any] | None) -> None:
@@ -119,16 +119,16 @@ class PykkaFace(pykka.Actor):
         actor = cls(*args, **kwargs)
         try:
             actor.on_start()
-        except Exception:  # noqa: BLE001 - what a program's hook may raise ends the actor, as in Pykka
+        except Exception:  # noqa: BLE001 - an exception of the program's hook ends the actor, as in Pykka
             actor._note_failure()
         ref: pykka.ActorRef[Self] = actor.actor_ref
         return ref
 
     def stop(self) -> None:
-        """Stop behind what waits."""
+        """Stop after the waiting messages."""
         self.actor_ref.tell(Stop())
 
-    # Pykka's Actor is abstract: it asks its subclasses for these three.
+    # Pykka's Actor is abstract: it requires these three methods.
 
     def _start_actor_loop(self) -> None:  # pragma: no cover - only Pykka's `start` calls it
         raise TypeError("an actor has no loop: its turns run on the threads that claim it")
@@ -170,7 +170,7 @@ class PykkaFace(pykka.Actor):
             self._note_failure()
 
     def _fail(self) -> None:
-        """Log the exception being handled and stop, which is what becomes of a Pykka actor after a bad `tell`."""
+        """Log the exception being handled and stop, as a Pykka actor does after a `tell` that raises."""
         self._note_failure()
         try:
             self.on_failure(*sys.exc_info())
@@ -180,7 +180,7 @@ class PykkaFace(pykka.Actor):
             self._note_failure()
 
     def _note_failure(self) -> None:
-        """Log the exception that is being handled, and be stopped."""
+        """Log the exception that is being handled, and mark the actor as stopped."""
         log.error("unhandled exception in %s", self.name, exc_info=sys.exc_info()[1])
         self._dead = True
         self.actor_stopped.set()

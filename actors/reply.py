@@ -45,11 +45,11 @@ class ReplyTo(Protocol):
 
     @property
     def loop_reply(self) -> LoopReply | None:
-        """This reply if an event loop waits for it, else None: those are delivered many at a time."""
+        """Return this reply if an event loop waits for it, else None. Such replies are delivered many at a time."""
 
 
 class Envelope:
-    """A message with the place where its answer goes."""
+    """A message, and the reply that its answer goes to."""
 
     __slots__ = ("depth", "message", "reply_to")
 
@@ -82,23 +82,23 @@ class Reply(pykka.Future[T]):
 
     def __init__(self) -> None:
         super().__init__()
-        # A lock that is held until the outcome is there: a threading.Event takes ten times as long to make.
+        # A lock that is held until the outcome is delivered: a threading.Event takes ten times as long to make.
         self._arrival = threading.Lock()
         self._arrival.acquire()
         self._open = [None]
-        """Emptied by the thread that delivers. `pop` is one step; a lock could be left taken by an exception."""
+        """Emptied by the thread that delivers. `pop` is one step; an exception could leave a lock taken."""
         self._callbacks: list[Callable[[Reply[T]], object]] = []
         self._value: T | None = None
         self._error: BaseException | None = None
         self.done = False
-        """True once the outcome is there, and from then on."""
+        """True once the outcome was delivered."""
         self.abandoned: bool = False
 
     def __repr__(self) -> str:
         return f"<scopestate reply, {'delivered' if self.done else 'open'}>"
 
     def set_get_hook(self, func: Callable[[float | None], T]) -> None:
-        """Have `func(timeout)` give the outcome, as Pykka's `map`, `filter`, `reduce` and `join` do."""
+        """Compute the outcome by `func(timeout)`, as Pykka's `map`, `filter`, `reduce` and `join` do."""
         super().set_get_hook(func)
         self._is_derived = True
 
@@ -139,9 +139,9 @@ class Reply(pykka.Future[T]):
         self.fail(error)
 
     def add_done_callback(self, callback: Callable[[Reply[T]], object]) -> None:
-        """Call `callback(self)` when the outcome is there: now if it is there already, else on a worker thread.
+        """Call `callback(self)` once the outcome is delivered: now if it already is, else on a worker thread.
 
-        Not on the thread that delivers it: that is in the middle of a turn or of a save, and a callback may block.
+        Not on the thread that delivers it, which is in the middle of a turn or of a save: a callback may block.
         """
         submit = self.submit_program
         if submit is None or self.done:
@@ -152,12 +152,12 @@ class Reply(pykka.Future[T]):
     def when_done(self, callback: Callable[[Reply[T]], object]) -> None:
         """As `add_done_callback`, for quick callbacks: they run on the thread that delivers the outcome."""
         self._callbacks.append(callback)
-        # Read after that: a thread that delivers in between has seen the callback, or its outcome is seen here.
+        # Checked after that: a thread that delivers in between has seen the callback, or its outcome is seen here.
         if self.done:
             self._call_back()
 
     def __await__(self) -> Generator[Any, None, T]:
-        """Suspend the running task until the outcome is there."""
+        """Suspend the running task until the outcome is delivered."""
         if not self.done and not self._is_derived:
             waiter = LoopReply()
             self.when_done(lambda _: waiter.set())
@@ -208,7 +208,7 @@ class Reply(pykka.Future[T]):
 
 
 class PatientReply(Reply[Any]):
-    """A reply that sends its turn again when a full handler has room: the sender does not wait for that."""
+    """A reply that sends its turn again once a full handler has room, so that the sender need not wait for it."""
 
     def __init__(
         self, router: EventRouter, scopes: Mapping[str, ScopeActor], scope: str, convert: Callable[[Any], Any]
@@ -223,7 +223,7 @@ class PatientReply(Reply[Any]):
         self._envelope: Envelope | None = None
 
     def wrap(self, turn: Turn[Any]) -> Envelope:
-        """Return what the sender sends, and what is sent again."""
+        """Return the envelope that the sender sends, and that is sent again."""
         self._envelope = Envelope(turn, self)
         return self._envelope
 
@@ -309,6 +309,6 @@ def settle(reply: ReplyTo, value: Any, error: BaseException | None) -> None:
 
 
 def fail_if_open(reply: ReplyTo, error: BaseException) -> None:
-    """Deliver `error` if the delivery of the answer was cut short, as by a MemoryError: its thread is still waiting."""
+    """Deliver `error` if the delivery of the answer was interrupted, as by a MemoryError: its thread still waits."""
     if not getattr(reply, "done", True):
         reply.fail(error)

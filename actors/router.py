@@ -1,4 +1,4 @@
-"""The door for events, and the actor behind it that hands each event to the handlers whose triggers match."""
+"""The one way in for events, and the actor that passes each event to the handlers whose triggers match."""
 
 from __future__ import annotations
 
@@ -22,12 +22,11 @@ from scopestate.signals import certainly
 log = Log("scopestate.triggers")
 
 Prepared = tuple[tuple[HandlerActor, ...], StateEvent]
-"""An event that is ready to be published: the handlers that it goes to, and the event.
-
-Of a scope that is fed there may be no handlers: such an event is entered into the feed, and not published.
+"""An event that is ready to be published: the handlers that it goes to, and the event. An event of a fed scope may have
+no handlers: it is entered into the feed, and not published.
 """
 Expired = tuple[int, int]
-"""Of a key that has expired: its deadline, and how many milliseconds later it is removed."""
+"""For a key that has expired: its deadline, and how many milliseconds later it is removed."""
 
 
 class Routed:
@@ -35,7 +34,7 @@ class Routed:
 
 
 def _differing(handlers: tuple[HandlerActor, ...], event: StateEvent) -> tuple[HandlerActor, ...]:
-    """Return the handlers whose triggers want an event after they have compared its values."""
+    """Return the handlers whose triggers want an event once its values were compared."""
     return tuple([handler for handler in handlers if handler.trigger.differs(event)])
 
 
@@ -43,8 +42,8 @@ class EventRouter(TurnActor):
     """Takes the events of all writes, and passes them on to handler actors (docs/design/0035-one-door-for-events.md).
 
     A write prepares its event before it happens, and publishes it when it has happened: `prepare` and `publish` are the
-    only way in. A write that matches no trigger costs a look-up in the table and no more. What is published waits in
-    this actor's mailbox in the order of the scope's writes; its turns, on worker threads, fan it out to the handlers.
+    only way in. A write that matches no trigger costs only a look-up in the table. Published events wait in this
+    actor's mailbox in the order of the scope's writes; its turns, on worker threads, pass them to the handlers.
     """
 
     batch = 256
@@ -62,9 +61,11 @@ class EventRouter(TurnActor):
         self.feed.made_room = self.backlog.made_room
         self._incoming = self.feed.incoming
         self.outlet: list[Prepared] = self._mailbox
-        """Where a scope appends what it has prepared, in the stretch that no signal can cut; `wake` follows."""
+        """A scope appends its prepared events here, in the stretch that no signal can interrupt; then it calls
+        `wake`."""
         self._passing: list[Any] = []
-        """What the current turn has taken out of the mailbox and not offered to its handlers yet, the next one last."""
+        """Events that the current turn has taken out of the mailbox and not yet offered to their handlers; the next one
+        is last."""
         self.routed = 0
         """Events that had at least one trigger."""
         self.loops_cut = 0
@@ -89,8 +90,8 @@ class EventRouter(TurnActor):
         () if no trigger matches, and the scope is not fed.
 
         Called within the scope's turn; `watch` is the scope's own table. Raises HandlerFull if a handler must catch up
-        first, and Overloaded if it is a handler that writes, `depth` handlers deep: it might be waiting for itself.
-        `expired` is given if the key is removed because its deadline has passed.
+        first, and Overloaded if a handler makes the write (`depth` above 0): it might be waiting for itself. `expired`
+        is given if the key is removed because its deadline has passed.
         """
         handlers = watch.match(key)
         if not handlers and not (watch.fed or watch.anywhere.fed):
@@ -129,7 +130,7 @@ class EventRouter(TurnActor):
         depth: int,
         expired: Expired | None = None,
     ) -> tuple[tuple[Prepared, ...], StateEvent, int]:
-        """As `prepare`, for a scope that is fed: what of it is published, the event for the feed, its key there.
+        """As `prepare`, for a fed scope: returns what is published, the event for the feed, and its key there.
 
         Raises HandlerFull too if too much waits to be saved.
         """
@@ -193,7 +194,7 @@ class EventRouter(TurnActor):
         return [], dict(zip(map(id, events), events, strict=True))
 
     def check_fed(self, scope: str, depth: int) -> None:
-        """Before a write to a scope that is fed: refuse it, as `prepare` does, if too much is not saved yet."""
+        """Refuse a write to a fed scope before it is made, as `prepare` does, if too much is not saved yet."""
         if len(self._incoming) > MOST_INCOMING and not self._scheduled:
             self.wake_anyway()  # nothing else may need the changes that were entered
         if self.feed.must_wait(scope):
@@ -260,7 +261,7 @@ class EventRouter(TurnActor):
         transaction: int = 0,
         time_ms: int = 0,
     ) -> tuple[Prepared, ...]:
-        """As `prepare`, for a write that has happened elsewhere: no limit stands in its way."""
+        """As `prepare`, for a write that has happened elsewhere: limits do not apply."""
         handlers = watch.match(key)
         kind: EventType = "state:deleted" if new is None else "state:created" if old is None else "state:updated"
         if expired is not None:
@@ -291,8 +292,8 @@ class EventRouter(TurnActor):
         """Publish a change that another engine may have made, and return its handlers. From any thread, one at a time:
         events are delivered in the order of these calls.
 
-        `here`: the second thing returned may be a handler that has the event already, and whose `run_batch` the caller
-        must call, as soon as other threads can go on without it: the handler may take long.
+        `here`: the second item returned may be a handler that already has the event, and whose `run_batch` the caller
+        must call once no other thread waits for it: the handler may take long.
 
         Raises HandlerFull if one of the handlers must catch up first.
         """
@@ -310,7 +311,7 @@ class EventRouter(TurnActor):
         return handlers, None
 
     def publish_read(self, event: StateEvent) -> None:
-        """Publish an event that was read from the journal, as it is. No limit stands in its way."""
+        """Publish an event that was read from the journal, unchanged. Limits do not apply."""
         handlers = self.triggers.watchers(event.scope).match(event.key)
         if self.triggers.selective:
             handlers = wanting(handlers, event.event_type, event.old_json, event.new_json)
@@ -321,7 +322,7 @@ class EventRouter(TurnActor):
     def _give_to_idle(self, handler: HandlerActor, event: StateEvent) -> bool:
         """Put the event into the handler's mailbox if neither it nor this router has anything else to do.
 
-        The way through a worker thread costs 30 us, as much as all the rest of a delivery. Not for a handler whose
+        Going through a worker thread costs 30 us, as much as the rest of a delivery. Not for a handler whose
         turns belong to the thread of an event loop.
         """
         if handler._dispatcher is not self._dispatcher or event.depth > self._limits.max_event_depth:
@@ -343,13 +344,13 @@ class EventRouter(TurnActor):
     # ---------------------------------------------------------------------------------------------------- fan-out
 
     def hold(self) -> None:
-        """The calling thread runs the next turn itself, in `run_held`: do not wake a worker thread for it."""
+        """Announce that this thread runs the next turn itself, in `run_held`: no worker thread is woken for it."""
         self._scheduled = True
 
     def run_held(self) -> None:
         """Run the turn for which this thread has called `hold`, if since then there is something to do."""
-        # In this order: an event that is published between the two lines is seen by the second one. A change that only
-        # a watch waits for is in the feed, and not in the mailbox.
+        # In this order: the second line sees an event that is published between the two. A change that only a watch
+        # waits for is in the feed, and not in the mailbox.
         self._scheduled = False
         if self._mailbox or self.feed.is_waited_for():
             self.run_batch()
@@ -368,7 +369,7 @@ class EventRouter(TurnActor):
         batch = mailbox[: self.batch]
         count = len(batch)
         backlog.begin_turn(count)
-        # Other threads write meanwhile: until a handler has an event, it counts as one that waits here.
+        # Other threads may write at the same time: until a handler has an event, it counts as waiting here.
         self._passing = batch[::-1]
         # As many as were copied: others may have been appended since.
         del mailbox[:count]
@@ -378,7 +379,8 @@ class EventRouter(TurnActor):
             self._passing = []
         backlog.end_turn(idle=not mailbox)
         if batch:
-            # Not for nothing: a writer that finds its handler still full wakes this actor, and would be told at once.
+            # Only if there was progress: a writer that finds its handler still full wakes this actor, and would be
+            # woken at once.
             backlog.made_room()
 
     def _pass_on(self, item: Any) -> None:
@@ -398,8 +400,8 @@ class EventRouter(TurnActor):
             except MemoryError:
                 self._offer_again(handlers[0], event)
         else:
-            # All copied before the first handler gets its own: what one does to its event reaches no other, and the
-            # feed has one as well.
+            # All are copied before the first handler gets its copy: a change that one handler makes to its event
+            # affects no other handler, nor the feed, which has one as well.
             for handler, own in zip(handlers, [event.copy() for _ in handlers], strict=True):
                 try:
                     handler.offer(own)
@@ -408,16 +410,19 @@ class EventRouter(TurnActor):
 
     @staticmethod
     def _offer_again(handler: HandlerActor, event: StateEvent) -> None:
-        """The write has happened, so its event must not be lost; the mailbox may have it already."""
+        """Offer an event again: its write has happened, so it must not be lost. The mailbox may already have it."""
         certainly(lambda: handler.offer_once(event))
         certainly(handler.wake_anyway)
 
     def report(self, failure: DeliveryFailure) -> None:
-        """Have a failure reported to the log and the hooks. From any thread; no code of the program runs on it."""
+        """Arrange that a failure is reported to the log and the hooks.
+
+        From any thread; hooks do not run on this one.
+        """
         self._services.reporter.report(failure)
 
     def report_missed(self, handlers: Iterable[HandlerActor], error: Exception) -> None:
-        """Tell the hooks that the triggers of these handlers have missed events, once for each. The log says it."""
+        """Report to the hooks, once for each handler, that its trigger has missed events. The caller has logged it."""
         for handler in handlers:
             trigger = handler.trigger
             event = StateEvent("state:updated", trigger.scope or "", trigger.key or "", None, None, 0)
@@ -451,6 +456,6 @@ class EventRouter(TurnActor):
                 if not message.over:
                     handler.tell(message)
             if message.over:
-                message.withdraw()  # in case that came in between
+                message.withdraw()  # in case the barrier came in between
             return None
         raise TypeError(f"a router takes events from scopes, not {message!r:.80}")

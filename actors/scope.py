@@ -89,11 +89,11 @@ class Surroundings:
         self.highest_forgotten = 0
         """The highest revision of a scope that has left memory, and of which no revision is kept.
 
-        Such a scope may return, and must not give a revision again: it begins behind this one.
+        Such a scope may return, and must not assign a revision twice: it begins after this one.
         """
 
     def keep_in(self, store: Store | None) -> None:
-        """The scopes that are made from now on are saved in this store; None: nowhere."""
+        """Save the scopes that are made from now on in this store; None: nowhere."""
         self.store = store
         self.store_id = (store.id if store is not None else "") or os.urandom(16).hex()
 
@@ -110,34 +110,37 @@ class ScopeActor(TurnActor):
     - `run(turn)` waits for the answer, on the caller's thread.
     - `run_now(turn)` returns the answer if that needs no wait, else BUSY: then the turn was not sent.
     - `send(envelope)` never waits: the answer goes to the envelope's reply. A sender that makes its next call without
-      waiting for that reply calls `keep_order()` behind it.
+      waiting for that reply calls `keep_order()` after it.
 
-    What is in `readable` may be read without a turn.
+    Values in `readable` may be read without a turn.
 
     **A backend's scope** has at least `send`, which takes envelopes of turns and of `Housekeeping`:
 
-    - It refuses what comes after the close (`_refuse_if_closed`), passes on what comes after it was passivated
-      (`_forward`), bounds what waits (`post`; `_enqueue` for what must get in), and does housekeeping by `_housekeep`.
-    - A write is refused first if a handler must catch up (`_refuse_if_full`). Its event is fired before it is answered
-      (`_fire`): the caller that has the answer may count on the event.
+    - It refuses calls after the close (`_refuse_if_closed`), passes on calls that come after it was passivated
+      (`_forward`), limits how many calls wait (`post`; `_enqueue` for those without a limit), and does housekeeping in
+      `_housekeep`.
+    - A write is refused, before anything else, if a handler must catch up (`_refuse_if_full`). Its event is fired
+      before it is answered (`_fire`): a caller that has the answer may rely on the event.
     - It overrides `run` and `run_now` if it has a quicker way than `send`, and `_is_needed`, `_note_leaving`,
-      `has_waiting`, `holds_keys` and `key_count` where the engine must know more than the mailbox tells.
+      `has_waiting`, `holds_keys` and `key_count` where the mailbox alone does not tell the engine enough.
     """
 
     caller_runs = True
 
     readable: Mapping[str, bytes] | None = None
-    """Key -> JSON, to read without a turn; None: reading takes one. What was read counts if this is still the same."""
+    """Key -> JSON, to read without a turn; None: reading takes one. What was read is valid if this is still the same
+    object."""
 
     can_leave = False
     """True of a backend's scope that another one may replace at any time: see `hand_over`."""
 
     _largest = 1
-    """Bytes of the largest message that ever waited here."""
+    """Bytes of the largest message that has ever waited here."""
     _batches = 0
     """Changes whenever messages leave the mailbox."""
     _weighed = (-1, 0)
-    """What `_batches` was when the mailbox was weighed, and the bytes that wait, with what has come since."""
+    """The value of `_batches` when the mailbox was weighed, and the bytes that wait, including messages that came
+    since."""
 
     def __init__(self, scope: str, around: Surroundings) -> None:
         super().__init__(around.dispatcher)
@@ -146,7 +149,7 @@ class ScopeActor(TurnActor):
         self._router = around.router
         self._watch = around.router.triggers.watch(scope)
         self._sequence = around.highest_forgotten
-        """The number of the last write; of the last event, where the writes are counted elsewhere or not at all."""
+        """The number of the last write; of the last event if the writes are counted elsewhere or not at all."""
         self.rule = around.rule_of(scope)
         """A reload replaces it, on any thread: a turn reads it once."""
         self._closed = False
@@ -158,7 +161,7 @@ class ScopeActor(TurnActor):
         """Set by every call; the passivation sweep clears it and takes scopes that it still finds cleared."""
 
     def apply_rule(self, rule: WriteRule) -> None:
-        """Follow another rule from the next turn on. From any thread."""
+        """Apply another rule from the next turn on. From any thread."""
         self.rule = rule
 
     @property
@@ -170,7 +173,7 @@ class ScopeActor(TurnActor):
         return self._around.limits.scope_mailbox
 
     def values_now(self) -> list[bytes] | None:
-        """Return all values if that takes no turn, else None."""
+        """Return all values if that needs no turn, else None."""
         readable = self.readable
         if readable is None:
             return None
@@ -191,7 +194,7 @@ class ScopeActor(TurnActor):
         return 0
 
     def last_revision(self) -> int | None:
-        """Number of the last write; None: it is not in memory."""
+        """Return the number of the last write; None if it is not in memory."""
         return None
 
     def values_in_memory(self) -> list[bytes] | None:
@@ -203,7 +206,7 @@ class ScopeActor(TurnActor):
         return None
 
     def forget_unused(self) -> None:
-        """Drop what only makes calls quicker and was not used since the last call. From any thread."""
+        """Drop caches that were not used since the last call of this method. From any thread."""
 
     def next_due(self) -> int:
         """Return when to look for keys that have expired: the first deadline, or earlier. NEVER if there is none."""
@@ -227,7 +230,7 @@ class ScopeActor(TurnActor):
             raise ReplyTimeout(self.scope, timeout_s or 0.0) from error
 
     def run_now(self, turn: Turn[A]) -> A:
-        """Return the answer of a turn if it is at hand, else BUSY: then the turn was not sent. Never waits."""
+        """Return the answer of a turn if it needs no wait, else BUSY: then the turn was not sent. Never waits."""
         del turn
         answer: A = BUSY
         return answer
@@ -244,15 +247,15 @@ class ScopeActor(TurnActor):
 
     @abstractmethod
     def send(self, envelope: Envelope) -> None:
-        """Take a message. Never waits, for a store or a server neither; the answer goes to the envelope's reply.
+        """Take a message. Never waits, not even for a store or a server; the answer goes to the envelope's reply.
 
         Raises Overloaded if too much waits, and WouldDeadlock if this thread is in the middle of a turn of the scope.
         """
 
     def housekeep(self, message: Housekeeping[A]) -> A:
-        """Have something done that the engine needs, and wait for it: without a limit, and without a time limit.
+        """Do housekeeping for the engine, and wait for it. Limits of the mailbox and time limits do not apply.
 
-        A scope that is overrun, or slow to load, must be saved and closed all the same.
+        A scope that is overloaded or slow to load must still be saved and closed.
         """
         answer = self.housekeep_now(message)
         if answer is not BUSY:
@@ -310,7 +313,7 @@ class ScopeActor(TurnActor):
         self._largest = max(self._largest, size)
         if not limit or len(mailbox) * self._largest < limit:
             return
-        # Weighed once for each batch that leaves, not for each message that comes.
+        # Weighed once for each batch that leaves the mailbox, not for each message that arrives.
         batches, waiting = self._weighed
         if batches != self._batches:
             batches = self._batches
@@ -327,20 +330,21 @@ class ScopeActor(TurnActor):
     def _drain_mailbox(self) -> None:
         self._batches += 1
         super()._drain_mailbox()
-        self._batches += 1  # in case it was weighed between the first line and the leaving
+        self._batches += 1  # in case it was weighed after the first line and before the batch left
 
     # ------------------------------------------------------------------------------------------------------- refusing
 
     def _refuse_if_closed(self, depth: int) -> None:
-        """Raise what a closed scope answers to a call from `depth` handlers deep."""
+        """Raise the error of a closed scope for a call that is made `depth` handlers deep."""
         if self._closed and (self._shut or not depth):
             raise self._refusal()
 
     def hand_over(self, successor: ScopeActor) -> None:
-        """Leave for good. Calls that were not begun go into the mailbox of the successor, in their order.
+        """Leave permanently. Calls that were not begun go into the mailbox of the successor, in their order.
 
-        Within `run_alone`, and before any caller can find the successor: the directory calls it. Nothing of the backend
-        is under way any more. A thread that leaves a message here later passes it on before it makes its next call.
+        Within `run_alone`, and before any caller can find the successor: the directory calls it. No operation of the
+        backend is in progress any more. A thread that leaves a message here later passes it on before it makes its next
+        call.
         """
         raise NotImplementedError
 
@@ -397,7 +401,7 @@ class ScopeActor(TurnActor):
         return True
 
     def _is_needed(self) -> bool:
-        """True while a call waits, or something of the scope is nowhere but here."""
+        """True while a call waits, or something of the scope exists only here."""
         return bool(self._mailbox)
 
     def _note_leaving(self) -> None:
@@ -410,7 +414,7 @@ class ScopeActor(TurnActor):
         self.readable = None
         self._closed = self._shut = self._direct = True
         self._claim = {}
-        self._mailbox = []  # the parent's: behind them a second message of a ref would wait without end
+        self._mailbox = []  # the parent's: a second message of a ref would wait after them without end
 
 
 class Told(Reply[Any]):

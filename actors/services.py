@@ -24,8 +24,8 @@ log = Log("scopestate.triggers")
 class Reporter(TurnActor):
     """Reports failures, in order, for threads that others depend on: the router's, the timer's, a closing one.
 
-    The hooks and logging filters are code of the program, and may block. What waits for them is bounded: one more
-    failure is counted and not reported, because no thread that comes here may wait for a hook that is behind.
+    The hooks and logging filters are code of the program, and may block. The number of waiting reports is bounded: any
+    further failure is counted and not reported, because no calling thread may wait for a slow hook.
     """
 
     runs_program = True
@@ -47,12 +47,12 @@ class Reporter(TurnActor):
         self._exclusive = Guard()
         self._waiting = self._waiting_bytes = 0
         self.left_out = 0
-        """Failures since the hooks were last up to date that were not reported."""
+        """Failures that were not reported since the hooks last caught up."""
 
     def report(self, failure: DeliveryFailure, *, logged: bool = False) -> None:
-        """Have `failure` reported on a worker thread, or count it if too much waits already.
+        """Report `failure` on a worker thread, or count it if too many reports wait already.
 
-        `logged`: the log says it already, so that only the hooks are called.
+        `logged`: it is in the log already, so only the hooks are called.
         """
         if self._takes(size_of(failure.event)):
             self.tell((failure, self._tell_hooks if logged else self._report))
@@ -110,7 +110,7 @@ class HandlerServices:
         """Reports from threads that must not run the hooks themselves."""
         self.backlog = Backlog(dispatcher, limits)
         self.exclusive = Guard()
-        """Held while a count is raised that several threads may raise."""
+        """Held while a count is raised that several threads may raise at once."""
         self.loop_calls = LoopCalls(dispatcher, loop_thread.replace)
         """The calls in progress on event loops."""
 

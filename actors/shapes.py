@@ -1,4 +1,4 @@
-"""Debounce and batch: events of one trigger that wait to be delivered as one, or together.
+"""Debounce and batches: events of one trigger that wait to be delivered as one event, or together.
 
 Pure bookkeeping, within the turn of a handler: no threads, no clock (docs/design/0048-filters-and-shapes.md).
 """
@@ -18,11 +18,11 @@ from scopestate.ops.results import EventType, StateEvent
 from scopestate.ops.triggers import Order, Trigger
 
 ALL: Final = ""
-"""The group of all events, where the order of a trigger divides them no further."""
+"""The group of all events, if the order of a trigger does not divide them further."""
 
 
 class EventBatch(list[StateEvent]):
-    """Events that a handler gets together. As a whole it has what one event has: a lane, a depth, a size."""
+    """Events that a handler gets together. Like a single event, it has a lane, a depth and a size."""
 
     __slots__ = ("depth", "key", "position", "positions", "revision", "scope", "size")
 
@@ -37,7 +37,7 @@ class EventBatch(list[StateEvent]):
         self.size = sum(map(_size, self))
         """Bytes of the values of the events."""
         self.positions = [position for event in self for position in positions_of(event)]
-        """Of all events that went into it, also of those that a condition takes out later."""
+        """The positions of all events that went into it, including those that a condition removes later."""
 
 
 Item = StateEvent | EventBatch
@@ -45,7 +45,7 @@ Item = StateEvent | EventBatch
 
 
 def events_of(item: Item) -> list[StateEvent]:
-    """Return the events that a delivery has: one, or those of a batch."""
+    """Return the events of a delivery: one, or those of a batch."""
     return item if isinstance(item, EventBatch) else [item]
 
 
@@ -58,7 +58,7 @@ def positions_of(item: Item) -> list[int]:
 
 
 _POSITIONS: Final = "positions"
-"""Of an event that was debounced: in its `__dict__`, for it is no fact of the event."""
+"""The attribute with the positions of a debounced event, in its `__dict__`: it is not a field of the event."""
 
 
 class Settings(NamedTuple):
@@ -90,20 +90,20 @@ class _Held(msgspec.Struct):
 class Shape:
     """The events of one trigger that were taken and are not delivered yet.
 
-    They come by `add` and leave by `pop`, as soon as they are due and their lane is free. Times are those of the
+    They are added by `add` and taken out by `pop`, once they are due and their lane is free. Times are those of the
     dispatcher's clock, in seconds.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self._by_last: OrderedDict[tuple[str, str], _Held] = OrderedDict()
-        """(scope, key) -> its event, the key that has not changed for longest first."""
+        """(scope, key) -> its event, ordered by the last change, the oldest first."""
         self._by_first: OrderedDict[tuple[str, str], _Held] = OrderedDict()
-        """The same, the key that waits longest first."""
+        """The same, ordered by the first change that waits, the oldest first."""
         self._groups: dict[Hashable, deque[tuple[float, StateEvent]]] = {}
-        """Lane -> what waits for its batch, each with the time at which it came."""
+        """Lane -> the events that wait for its batch, each with the time at which it came."""
         self._timed: list[tuple[float, int, Hashable]] = []
-        """A heap of times at which a group is due. One that is out of date does no harm."""
+        """A heap of times at which a group is due. An outdated entry does no harm."""
         self._ready: OrderedDict[Hashable, None] = OrderedDict()
         """The groups that are due."""
         self._out: deque[StateEvent] = deque()
@@ -112,7 +112,7 @@ class Shape:
         self._look = True
         """True if `pop` may find something whatever the time is."""
         self.waiting = 0
-        """Events that are here; several of one key that are debounced are one."""
+        """The number of events in the shape; several debounced ones of one key count as one."""
 
     def add(self, event: StateEvent, now_s: float) -> int:
         """Take an event. Returns how many bytes of values are not needed any more."""
@@ -137,7 +137,7 @@ class Shape:
         return freed
 
     def due_s(self) -> float:
-        """Return when something will be due that is not yet; inf if nothing will be."""
+        """Return when the next event or group becomes due; inf if none will."""
         due_s = self._timed[0][0] if self._timed else math.inf
         if self._by_first:
             last, first = next(iter(self._by_last.values())), next(iter(self._by_first.values()))
@@ -145,7 +145,7 @@ class Shape:
         return due_s
 
     def flush(self) -> None:
-        """Have everything delivered now."""
+        """Make everything due now."""
         self._look = True
         self._release(math.inf)
         for lane, group in self._groups.items():
@@ -171,11 +171,11 @@ class Shape:
         return None
 
     def look_again(self) -> None:
-        """A lane may have become free."""
+        """Note that a lane may have become free."""
         self._look = True
 
     def events(self) -> list[StateEvent]:
-        """Return the events that are here, approximately: the holder of the claim may add and take some."""
+        """Return the events in the shape, approximately: the holder of the claim may add and take some."""
         held = [one.event for one in self._by_first.copy().values()]
         grouped = [event for group in list(self._groups.values()) for _, event in group.copy()]
         return [*held, *self._out.copy(), *grouped]
@@ -191,7 +191,7 @@ class Shape:
         return self.settings.debounce or 0.0
 
     def _release(self, now_s: float) -> None:
-        """Let go of the keys that have been debounced for long enough."""
+        """Release the keys that have been debounced for long enough."""
         if self.settings.debounce is None:
             return
         by_last, by_first, quiet_s, longest_s = self._by_last, self._by_first, self._quiet_s, self.settings.debounce_max
@@ -239,7 +239,10 @@ class Shape:
 
 
 def _merged(before: StateEvent | None, event: StateEvent) -> StateEvent:
-    """Return the one event that stands for two of the same key. Its kind says what has happened from end to end."""
+    """Return the one event that stands for two of the same key.
+
+    Its kind describes the change from before the first to after the last.
+    """
     made = event.copy()
     if before is None:
         made.coalesced = 1

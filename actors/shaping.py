@@ -1,4 +1,4 @@
-"""How the handler of a trigger takes events that are debounced or batched."""
+"""How the handler of a trigger takes events that it debounces or puts in batches."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Shaping(Attempts):
     """The part of `HandlerActor` between its mailbox and its lanes, for events that are not delivered one by one.
 
     Events stay in the mailbox until a turn takes them, so its bounds hold as for any handler. A turn moves them into
-    the shape, and takes out of it what is due. What the shape holds counts as waiting; a barrier flushes it.
+    the shape, and takes out those that are due. Events in the shape count as waiting; a barrier flushes it.
     """
 
     _mailbox: deque[Any]  # type: ignore[assignment]  # see HandlerActor
@@ -38,7 +38,7 @@ class Shaping(Attempts):
         self._shape: Shape | None = None
         """Events that are debounced, or wait for their batch. None: they are delivered one by one."""
         self._shape_looks_s = math.inf
-        """When a timer next looks at them; inf: no timer is set."""
+        """When a timer next checks them; inf: no timer is set."""
         self._note_shape(trigger)
 
     def _note_shape(self, trigger: Trigger) -> None:
@@ -46,7 +46,7 @@ class Shaping(Attempts):
         self._shaped = settings_of(trigger) is not None or self._shape is not None
         """True: events are taken by `_take_shaped`."""
         self._bare = trigger.metadata_json is None and not self._shaped
-        """True: the function gets the event as it is."""
+        """True: the function gets the event unchanged."""
 
     def _held_back(self) -> list[StateEvent]:
         shape = self._shape
@@ -62,7 +62,7 @@ class Shaping(Attempts):
         return shape is not None and shape.is_due(self._dispatcher.monotonic())
 
     def _take_shaped(self) -> Run | None:
-        """As `HandlerActor._take`: all that waits is taken, and what is due comes out."""
+        """As `HandlerActor._take`: take all waiting events, and return the next delivery that is due."""
         settings, shape = settings_of(self.trigger), self._shape
         if shape is not None and (shape.settings != settings or not self.active):
             self._flush(shape)
@@ -90,7 +90,7 @@ class Shaping(Attempts):
                 return run
 
     def _fill(self, shape: Shape, now_s: float) -> None:
-        """Take what waits into the shape, as much as may be there. If that is all it may hold, it is delivered now."""
+        """Move waiting events into the shape, up to its limit. If the limit is reached, make everything due now."""
         mailbox, limits = self._mailbox, self._services.limits
         while shape.waiting < limits.handler_mailbox:
             try:
@@ -107,7 +107,7 @@ class Shaping(Attempts):
             shape.flush()
 
     def _flush(self, shape: Shape) -> None:
-        """Put all that is in the shape into its lanes."""
+        """Put everything in the shape into its lanes."""
         shape.flush()
         while (item := shape.pop(math.inf, _always)) is not None:
             run = self._run_of(item)
@@ -115,7 +115,7 @@ class Shaping(Attempts):
                 self._open_lanes().enter_ready(run)
 
     def _run_of(self, item: Item) -> Run | None:
-        """Return the run of what comes out of the shape; None if nothing has changed from end to end."""
+        """Return the run of a delivery from the shape; None if its changes cancel each other out."""
         trigger = self.trigger
         if trigger.sifts and trigger.debounce is not None:
             wanted = [event for event in events_of(item) if event.coalesced <= 1 or trigger.differs(event)]
@@ -132,10 +132,10 @@ class Shaping(Attempts):
         return run
 
     def passed_over(self, events: list[StateEvent]) -> None:
-        """These are not delivered: from end to end nothing has changed. Within the turn, for a subclass."""
+        """Note events that are not delivered because they cancel each other out. For a subclass; within the turn."""
 
     def _look_at_shape(self) -> None:
-        """For the timer: something is due."""
+        """Called by the timer: something is due."""
         self._shape_looks_s = math.inf
         if not self._claim:
             self.wake_anyway()
@@ -167,6 +167,6 @@ class Shaping(Attempts):
 
 
 def _always(lane: Hashable) -> bool:
-    """As `Lanes.is_free` where every lane is."""
+    """Stands in for `Lanes.is_free` if every lane is free."""
     del lane
     return True

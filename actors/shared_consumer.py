@@ -1,8 +1,9 @@
-"""One consumer of a store's journal, whose events several engines handle: this one, and those that follow it.
+"""One consumer of a store's journal, whose events several engines handle: this one and its followers.
 
-An event that an engine was given, and that is not over, is *held* by it. As long as an engine holds an event of a lane,
-it alone is given the later events of that lane; those that are read for another engine are *parked*. So the events of a
-lane are handled one after the other, whichever engines handle them, and each engine keeps the order of what it holds.
+An engine *holds* an event that it was given and that is not over. As long as an engine holds an event of a lane, only
+this engine is given the later events of that lane; events that are read for another engine are *parked*. So the events
+of a lane are handled one after the other, whichever engines handle them, and each engine keeps the order of what it
+holds.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ log = Log("scopestate.triggers")
 HERE: Final = ""
 """The name of this engine as a holder."""
 ENDED: Final = -1
-"""In place of the number of an attempt: it has ended, and its outcome is not told yet."""
+"""In place of the number of an attempt: it has ended, and its outcome is not reported yet."""
 MOST_PARKED: Final = 10_000
 """The most events that are parked. With more, nothing is read until some of them are given to an engine."""
 MOST_PARKED_BYTES: Final = 64 << 20
@@ -56,7 +57,7 @@ def standing_by(consumer: str) -> str:
 
 
 class Source(Protocol):
-    """The source of a shared consumer's events, which it tells what is over: a consumer of the journal."""
+    """The source of a shared consumer's events, which also gets their outcomes: a consumer of the journal."""
 
     name: str
     number: int
@@ -69,7 +70,7 @@ class Source(Protocol):
         """As `ConsumerPort.fetch`; the caller holds `reading`."""
 
     def open_items(self) -> list[Held]:
-        """Return what was fetched and is not over, in order."""
+        """Return the deliveries that were fetched and are not over, in order."""
 
     def claim(self, positions: Sequence[int]) -> list[Held]:
         """Return those of these events that are not over and were not fetched, as fetched now."""
@@ -81,7 +82,7 @@ class Source(Protocol):
         """As `ConsumerPort.began`."""
 
     def follow(self, trigger: Trigger) -> None:
-        """Read what this trigger wants from now on."""
+        """From now on, read the events that this trigger wants."""
 
     def transaction(self, position: int, scope: str) -> Any:
         """As `ConsumerPort.transaction`."""
@@ -105,7 +106,7 @@ class Source(Protocol):
         """Return whether every event up to a position was fetched."""
 
     def end_sharing(self) -> None:
-        """This engine alone takes the events from now on."""
+        """Stop sharing: from now on this engine alone takes the events."""
 
 
 class Holder:
@@ -124,7 +125,7 @@ class Holder:
         self.name = name
         self.trigger = trigger
         self.since_ms = since_ms
-        """When its program has registered the trigger, in milliseconds since the epoch. The latest one counts."""
+        """When its program registered the trigger, in milliseconds since the epoch. The latest one applies."""
         self.wake = wake
         self.lost = lost
         self.holds: dict[int, Hold] = {}
@@ -157,9 +158,9 @@ class Hold:
         self.begun = begun
         """The attempt that is running; 0: none is."""
         self.serial = 0
-        """Which of the engine's messages has told that the attempt begins; 0: it has ended."""
+        """The number of the engine's message that reported the attempt; 0: it has ended."""
         self.fence: dict[str, str] | None = None
-        """Of the transaction of its attempt (`ops.transactions.DeliveryBatch`)."""
+        """The fence of the transaction of its attempt (`ops.transactions.DeliveryBatch`)."""
         self.waits = False
         """True: it waits for its next attempt, or holds back its lane."""
 
@@ -176,12 +177,13 @@ class _Lane:
     def __init__(self, name: Any) -> None:
         self.name = name
         self.holders: dict[Holder, int] = {}
-        """How many of its events each engine holds. More than one does: what they were handling under another owner."""
+        """How many of its events each engine holds. More than one engine may: what they were handling under another
+        owner."""
         self.holds: dict[int, Hold] = {}
         self.parked: dict[int, Held] = {}
         """In the order in which they must be handled; all of them come after the held events."""
         self.waits = 0
-        """How many of the held events wait."""
+        """How many of the held events wait for another attempt."""
 
     def is_open_to(self, holder: Holder) -> bool:
         """Return whether no other engine holds an event of it."""
@@ -195,7 +197,10 @@ class _Lane:
 
 
 class SharedConsumer:
-    """Says which engine handles which event. Methods may be called from any thread; `fetch` may wait for the disk."""
+    """Decides which engine handles which event.
+
+    Methods may be called from any thread; `fetch` may wait for the disk.
+    """
 
     def __init__(self, source: Source, now_ms: Callable[[], int], monotonic: Callable[[], float]) -> None:
         self._source = source
@@ -206,7 +211,7 @@ class SharedConsumer:
         self._holds: dict[int, Hold] = {}
         self._lanes: dict[Any, _Lane] = {}
         self._ready: dict[Any, None] = {}
-        """Lanes of which no engine holds an event, and which have parked ones."""
+        """Lanes that have parked events, and of which no engine holds an event."""
         self._parked = self._parked_bytes = 0
         self.leading: Trigger | None = None
         """The trigger that says which events are read, and in which order they are handled."""
@@ -218,12 +223,12 @@ class SharedConsumer:
         """Holds what each engine was handling when the previous owner ended, until that engine claims it."""
 
     def expect_claims(self) -> None:
-        """What was begun in the session before may go on in an engine that is about to join."""
+        """Keep what was begun in the previous session for the engine that handles it, which is about to join."""
         trigger = Trigger("", "", durable=self._source.name)
         self._unclaimed = Holder("", trigger, 0, lambda: None, lambda positions: None, self._monotonic)
 
     def end_claims(self) -> None:
-        """Events that are not claimed by now are delivered again."""
+        """Deliver again the events that are not claimed by now."""
         self._guard.run(self._end_claims)
         self.wake_all()
 
@@ -233,13 +238,13 @@ class SharedConsumer:
             self._park(list(unclaimed.holds.values()))
 
     def expect(self, here: Holder) -> None:
-        """This engine takes events already: `begin` follows, and until then what begins and ends is kept for it."""
+        """Record what begins and ends in this engine, which takes events already, until `begin` follows."""
         self._holders[HERE] = here
         self.leading = here.trigger
         self._early = _Early({}, [])
 
     def begin(self, items: Sequence[Held], running: Mapping[int, int]) -> None:
-        """Note what this engine holds: everything that was fetched, and was not over a moment ago."""
+        """Record what this engine holds: everything that was fetched, and was not over a moment ago."""
         here, ended = self._guard.run(self._begin, items, running)
         self.ended(here, ended, is_taken=True)
 
@@ -261,7 +266,7 @@ class SharedConsumer:
 
     @property
     def stands_by_here(self) -> bool:
-        """True if the trigger of this engine gets no events, because a newer one counts."""
+        """True if the trigger of this engine gets no events, because a newer one applies."""
         here = self.here
         return here is not None and here.stands_by and not here.is_leaving
 
@@ -285,13 +290,12 @@ class SharedConsumer:
         return self._holders.get(name)
 
     def join(self, holder: Holder, held: Sequence[tuple[int, int, int]] = ()) -> list[int] | None:
-        """Have an engine take events. `held`: what it holds already: position, running attempt, its serial.
+        """Add an engine that takes events. `held`: what it already holds: position, running attempt, its serial.
 
-        The attempt is 0 if none has begun, or if the next one waits; `ENDED`: its outcome follows. What has not begun
-        is kept only if everything before it in its lane is over, or the engine's own.
-
-        Returns those of these positions that it does not hold any more: they are over, or another engine has them.
-        None: sharing has ended; ask the consumer to share again.
+        The attempt is 0 if none has begun, or if the next one waits; `ENDED`: its outcome follows. An event that has
+        not begun is kept only if everything before it in its lane is over or held by the same engine. Returns the
+        positions that it no longer holds: they are over, or another engine has them. None: sharing has ended; ask the
+        consumer to share again.
         """
         with self._source.reading:
             if self._has_ended:
@@ -312,11 +316,11 @@ class SharedConsumer:
                 self._move(hold, holder)
         self._holders[holder.name] = holder
         changed = self._elect()
-        # What it was given and never got; it is the first of its lane again.
+        # An event that it was given and never got; it is the first of its lane again.
         self._park([hold for hold in list(holder.holds.values()) if hold.item.event.position not in kept])
         places = {position: lane for lane in self._lanes.values() for position in kept.intersection(lane.parked)}
         lost: list[int] = []
-        # First what is running, or was: that cannot be given to another engine now.
+        # First the events that are running, or were: they cannot be given to another engine now.
         for position, attempt, serial in sorted(held, key=lambda one: (not one[1], one[0])):
             lane = places.get(position)
             if attempt:
@@ -335,7 +339,7 @@ class SharedConsumer:
         return lost, changed
 
     def _claimed(self, holder: Holder, position: int, item: Held | None, parked_in: _Lane | None) -> Hold | None:
-        """Return an event whose attempt is running in an engine, as that one's; None if another engine has it."""
+        """Return an event whose attempt is running in an engine as held by it; None if another engine has it."""
         hold = self._holds.get(position)
         if hold is None:
             if item is None and parked_in is not None and parked_in.is_open_to(holder):
@@ -349,9 +353,9 @@ class SharedConsumer:
         return hold if hold.holder is holder else None
 
     def _kept(self, holder: Holder, position: int, parked_in: _Lane | None) -> Hold | None:
-        """Return an event that an engine has not begun, as that one's; None: it comes in the order of its lane.
+        """Return an event that an engine has not begun as held by it; None: it comes in the order of its lane.
 
-        What was not read yet, or waits to be claimed, is not kept either: events before it in its lane may come.
+        An event that was not read yet, or waits to be claimed, is not kept either: earlier events of its lane may come.
         """
         hold = self._holds.get(position)
         lane = parked_in if hold is None else hold.lane
@@ -375,20 +379,20 @@ class SharedConsumer:
         return item
 
     def leave(self, name: str) -> None:
-        """An engine takes no more events: it closes, it is gone, or its trigger is. What it holds goes to others.
+        """Remove an engine: it closes, it is gone, or its trigger is.
 
-        It may wait for the disk.
+        Its events go to other engines. May wait for the disk.
         """
         holder = self._holders.get(name)
         for position, hold in [] if holder is None else list(holder.holds.items()):
             if hold.fence is not None and holder is not None and self.resolve(holder, position, hold.serial):
-                self.lose((position,))  # its transaction is what has acknowledged it
+                self.lose((position,))  # it was acknowledged by its transaction
         changed = self._guard.run(self._leave, name)
         self._tell(changed)
         self._wake()
 
     def retire(self, name: str) -> None:
-        """An engine takes no more events. What it is handling may end; the rest goes to others."""
+        """Give an engine no more events. It may finish what it is handling; the rest goes to others."""
         self._tell(self._guard.run(self._retire, name))
         self._wake()
 
@@ -416,7 +420,7 @@ class SharedConsumer:
         return self._elect()
 
     def _elect(self) -> list[tuple[Holder, list[int]]]:
-        """Find out whose trigger counts. Returns engines, each with the events taken away from it."""
+        """Find out whose trigger applies. Returns engines, each with the events taken away from it."""
         holders = [one for one in self._holders.values() if not one.is_leaving]
         if not holders:
             return []
@@ -439,7 +443,7 @@ class SharedConsumer:
         return told
 
     def _sort_again(self) -> None:
-        """Another order: what is held, and what is parked, is sorted into its lanes."""
+        """Sort all held and parked events into lanes again, because the order has changed."""
         holds = sorted(self._holds.values(), key=lambda one: one.item.event.position)
         parked = sorted(
             (item for lane in self._lanes.values() for item in lane.parked.values()), key=lambda one: one.event.position
@@ -549,7 +553,7 @@ class SharedConsumer:
     # ------------------------------------------------------------------------------------------------------ outcomes
 
     def began(self, holder: Holder, attempts: Sequence[tuple[int, int]], serial: int = 0) -> list[int]:
-        """Note attempts that are about to begin. Returns those positions that the engine does not hold.
+        """Record attempts that are about to begin. Returns the positions that the engine does not hold.
 
         `serial`: a number that the engine gives to this message alone; `fence` and `resolve` name the attempts by it.
         """
@@ -576,7 +580,7 @@ class SharedConsumer:
         return held, gone
 
     def ended(self, holder: Holder, outcomes: Sequence[Outcome], *, is_taken: bool = False) -> None:
-        """Note how attempts have ended. Events that the engine no longer holds do not count.
+        """Record how attempts have ended. Events that the engine no longer holds do not count.
 
         `is_taken`: the consumer knows them already.
         """
@@ -584,7 +588,7 @@ class SharedConsumer:
         for position in failed:
             self._source.transaction_failed(position)
         if count:
-            # Before the lanes go on: a save must not have the next event of one without this one.
+            # Before the lanes continue: a save must not contain the next event of a lane without this one.
             if not is_taken:
                 self._source.take(count)
             self._guard.run(self._let_go, holder, count)
@@ -636,7 +640,7 @@ class SharedConsumer:
             del self._holders[holder.name]
 
     def lose(self, positions: Sequence[int]) -> None:
-        """These deliveries are over: their dead letters were purged, or their events trimmed."""
+        """End these deliveries: their dead letters were purged, or their events trimmed."""
         self._tell(self._guard.run(self._lose, positions))
         self._wake()
 
@@ -670,9 +674,9 @@ class SharedConsumer:
         return fence
 
     def resolve(self, holder: Holder, position: int, serial: int) -> bool:
-        """Return whether the transaction of an attempt has happened. After this it cannot happen any more.
+        """Return whether the transaction of an attempt has happened.
 
-        It may wait for the disk.
+        After this call it can no longer happen. May wait for the disk.
         """
         hold = holder.holds.get(position)
         fence = None if hold is None else hold.fence
@@ -683,7 +687,7 @@ class SharedConsumer:
                 return False
             hold.fence = None
             if fence.setdefault("won", "end") == "turn":
-                # It was changed in memory, or is just being changed. A commit that holds it back ends with this.
+                # It was changed in memory, or is being changed right now. This waits for a commit that holds it back.
                 try:
                     self._source.flush()
                 except StorageError as error:
@@ -736,7 +740,7 @@ class SharedConsumer:
             self._lanes.pop(lane.name, None)
 
     def _move(self, hold: Hold, holder: Holder) -> None:
-        """The same engine has another entry."""
+        """Move a hold to another entry of the same engine."""
         position, before = hold.item.event.position, hold.holder
         del before.holds[position]
         holder.holds[position] = hold
@@ -758,7 +762,7 @@ class SharedConsumer:
                 one.holder.active += -1 if waits else 1
 
     def _park(self, holds: Sequence[Hold]) -> None:
-        """Take these from the engines that hold them. They come before the events parked in their lanes."""
+        """Take these events from the engines that hold them, and park them before the other events of their lanes."""
         first: dict[_Lane, list[Held]] = {}
         for hold in holds:
             lane = hold.lane
@@ -802,7 +806,7 @@ class SharedConsumer:
                 waiter()
 
     def wake_all(self) -> None:
-        """There may be something to fetch."""
+        """Wake all engines: there may be something to fetch."""
         for holder in list(self._holders.values()):
             holder.wake()
         for waiter in self._waiters.copy():
@@ -811,12 +815,12 @@ class SharedConsumer:
     # ------------------------------------------------------------------------------------------------------- waiting
 
     def watch(self, waiter: Callable[[], object]) -> Callable[[], object]:
-        """Call `waiter` whenever something has ended. Returns what ends that."""
+        """Call `waiter` whenever something has ended. Returns a function that stops this."""
         self._guard.run(self._waiters.append, waiter)
         return lambda: self._guard.run(self._waiters.remove, waiter)
 
     def is_settled(self, mark: int) -> bool:
-        """Return whether no event up to a position will be handled soon: none is left, or all of them wait for long."""
+        """Return whether no event up to a position will be handled soon: none is left, or all of them wait long."""
         if self._source.paused() is not None or not (self._holders or self._unclaimed):
             return not any(hold.begun for hold in list(self._holds.values()))
         return self._source.is_read_to(mark) and self._guard.run(self._is_settled, mark)

@@ -59,10 +59,10 @@ class Feed(Protocol):
     """Numbers the changes of the scopes, as the actor that saves needs it."""
 
     position: int
-    """The last position that was given."""
+    """The last position that was assigned."""
 
     def number(self) -> None:
-        """Give positions to the changes that were entered."""
+        """Assign positions to the changes that were entered."""
 
     def take(self, scope: str, revision: int) -> tuple[Sequence[StateEvent], int | None]:
         """Return the changes of a scope, up to a revision, that no save has taken.
@@ -74,10 +74,10 @@ class Feed(Protocol):
         """As `take`, for the changes that wait for a commit."""
 
     def settled(self, batches: Sequence[Batch]) -> int:
-        """Return up to where everything is on disk once these commits and all changes taken so far are."""
+        """Return the position up to which everything is on disk once these commits and all changes taken so far are."""
 
     def committed(self, events: Sequence[StateEvent]) -> None:
-        """These changes are on disk now."""
+        """Note that these changes are on disk."""
 
 
 class Progress(Protocol):
@@ -90,10 +90,10 @@ class Progress(Protocol):
         """
 
     def saved(self) -> None:
-        """What was collected last is on disk."""
+        """Note that what was collected last is on disk."""
 
     def acks_saved(self, acks: Iterable[tuple[int, int]]) -> None:
-        """These acknowledgements of transactions are on disk: consumer and position."""
+        """Note that these acknowledgements of transactions are on disk: consumer and position."""
 
 
 class WaitsForSave(NamedTuple):
@@ -105,7 +105,7 @@ class WaitsForSave(NamedTuple):
     answer: Any
 
     def failed(self, why: object) -> Outcome:
-        """Return what the caller gets if the save has failed."""
+        """Return the outcome for the caller if the save has failed."""
         turn = self.turn
         error = StorageError(
             f"{turn.failure.words}: the write to scope {self.actor.scope!r} is in memory, and saving it has failed; it "
@@ -149,9 +149,9 @@ class SnapshotActor(TurnActor):
         self._waiting: list[WaitsForSave] = []
         """Answers to `durable` writes, for the next commit."""
         self.feed: Feed | None = None
-        """What numbers the changes; None: there is no journal."""
+        """Numbers the changes; None: there is no journal."""
         self.consumers: Progress | None = None
-        """What knows how far consumers are; None: there are none."""
+        """Knows how far consumers have come; None: there are none."""
         self._soon: dict[str, None] = {}
         """Scopes to be saved before the interval is over."""
         self._soon_asked = False
@@ -244,7 +244,7 @@ class SnapshotActor(TurnActor):
         self.tell(SaveSoon())
 
     def note_positions(self) -> None:
-        """Before the store is closed, in which everything is saved: note up to where changes were numbered."""
+        """Store the last assigned position. Called before the store is closed, once everything is saved."""
         if self.feed is not None and self._store is not None and self._store.journal is not None:
             self.feed.number()
             self._store.journal.given = self._store.journal.settled = self.feed.position
@@ -255,11 +255,11 @@ class SnapshotActor(TurnActor):
             arranging(self._ask_for_commit)
 
     def commit_anyway(self) -> None:
-        """As `commit_soon`, for when that was interrupted. One commit too many does no harm."""
+        """As `commit_soon`, for when that was interrupted. An extra commit does no harm."""
         arranging(self._ask_for_commit)
 
     def answer_when_saved(self, actor: LocalScope, turn: Turn[Any], reply: ReplyTo, answer: Any) -> None:
-        """Deliver an answer when what its scope has written is on disk. Called within the turn; many share one save."""
+        """Deliver an answer when the writes of its scope are on disk. Called within the turn; many share one save."""
         self._waiting += (WaitsForSave(actor, turn, reply, answer),)
         self.commit_soon()
 
@@ -344,18 +344,18 @@ class SnapshotActor(TurnActor):
             return
         if changes := self.consumers.collect(everything=True):
             self._write([], changes)
-        self._tell_of([])  # without a save too: the bound of the journal may be another one
+        self._tell_of([])  # even without a save: the limit of the journal may have changed
 
     def _tidy(self) -> None:
-        """After an interval: save, and remove, what no save of a scope has included."""
+        """After an interval: save what no save of a scope has included, and trim the journal."""
         store, now_s = self._store, self._dispatcher.monotonic()
         if store is None or store.journal is None:
             return
         try:
-            # Also if saving has failed: there may be no change of a scope to try it with.
+            # Even if saving has failed: there may be no change of a scope to try it with.
             self._save_acks()
             if self.feed is not None and not self._backlog and self.feed.settled(()) > store.journal.settled:
-                self._write([])  # positions of what is not kept: a cursor behind them is good after a crash, too
+                self._write([])  # positions of changes that are not kept: cursors after them survive a crash
             if self.failing is not None:
                 return
             if store.journal.rules is not None and (store.journal.behind or now_s >= self._trim_s):
@@ -367,7 +367,9 @@ class SnapshotActor(TurnActor):
                 log.warning("the journal could not be trimmed; this will be retried: %s", error)
 
     def _save(self, scopes: Iterable[str] | None = None) -> None:
-        """Save what earlier saves have left, and what is dirty. If that fails, keep all of it and raise StorageError.
+        """Save what earlier saves have left, and all dirty scopes.
+
+        If that fails, keep all of it and raise StorageError.
 
         `scopes`: of the dirty scopes, only these.
         """
@@ -422,7 +424,10 @@ class SnapshotActor(TurnActor):
             self.feed.committed(sorted([event for change in saved for event in change.log], key=_position))
 
     def _leave_out(self, error: UnsavableValue) -> None:
-        """Remove from the backlog what the store cannot hold, so that the rest is saved. It stays in memory only."""
+        """Remove from the backlog a value that the store cannot hold, so that the rest is saved.
+
+        It stays in memory only.
+        """
         scope = error.scope
         if scope not in self._backlog:
             raise error
@@ -434,7 +439,7 @@ class SnapshotActor(TurnActor):
                 self.unsavable[scope, key] = str(error)
             change.entries.pop(key, None)
         if any(event.key in keys for event in change.log):
-            # What is not saved reaches no consumer, and the journal has a gap.
+            # A change that is not saved reaches no consumer, and the journal has a gap.
             change.log = [event for event in change.log if event.key not in keys]
             change.logged_since = None
         actor.pinned = True
@@ -480,7 +485,7 @@ class SnapshotActor(TurnActor):
             outcomes = [one.failed(error) for one in waiting]
         else:
             outcomes = [self._saved(one) for one in waiting]
-        # Removed now: if the save broke off, they wait for the next one.
+        # Removed only now: if the save was interrupted, they wait for the next one.
         del self._waiting[: len(waiting)]
         deliver(outcomes)
 
@@ -528,7 +533,7 @@ class SnapshotActor(TurnActor):
             self._tell_of(changes)
 
     def _change_of(self, batch: Batch) -> ScopeChange:
-        assert batch.collected is not None  # the caller has seen to it
+        assert batch.collected is not None  # the caller has made sure of it
         change = batch.collected.change()
         if self.feed is not None:
             change.log, change.logged_since = self.feed.take_held(batch)

@@ -1,25 +1,24 @@
 """How the memory of a scope is changed: everything that a turn has decided, or nothing.
 
 **The rule.** CPython runs signal handlers, and lets other threads run, only at calls, at jumps back, and at the start
-of a function. A *stretch* is code without any of these: nothing comes between its lines, so whatever it changes is
-changed as a whole for signal handlers, for exceptions that they raise, and for threads that read without a turn. In a
-stretch:
+of a function. A *stretch* is code without any of these: nothing comes between its lines, so all its changes take effect
+as a whole for signal handlers, for exceptions that they raise, and for threads that read without a turn. In a stretch:
 
 - Single keys are written by `table[key] = value` and `del table[key]`. Many keys are written by `table |= other`, an
   instruction and not a call. The tables are dicts and lists, not subclasses, and their keys are of type `str` or `int`:
   so no code written in Python runs.
-- Many keys are removed by the only call of a stretch, its last instruction. What it calls is written in C, so a signal
-  handler runs when it has done everything. It is made beforehand, and allocates nothing.
+- Many keys are removed by the only call of a stretch, its last instruction. The called function is written in C, so a
+  signal handler runs only after it has finished. It is made beforehand, and allocates nothing.
 - Steps that may need memory come first: the entry of the feed, then the event. If one fails, the steps before it are
   undone, which needs no memory. Overwriting existing keys, even by a union, and removing keys need no memory either,
   so these steps come last and are never undone.
-- Other threads may read between two stretches, so what is true only together is changed in one. The removal of an
-  expired key is true by itself: it is a stretch of its own, before the write of the same key.
+- Other threads may read between two stretches, so changes that are only consistent together are made in one. The
+  removal of an expired key is consistent on its own: it is a separate stretch, before the write of the same key.
 
 A build of CPython without the interpreter lock would need more: there a union is one step, and five of them are not.
 
 tests/reliability/test_interruption.py and test_stretch.py guard this: by the instructions of the functions here, by an
-interruption at each of them, by refusing memory at each allocation, and by threads that read meanwhile.
+interruption at each of them, by refusing memory at each allocation, and by threads that read at the same time.
 docs/design/0037-many-changes-as-one.md has the reasons.
 """
 
@@ -47,23 +46,25 @@ from scopestate.ops.turns import Change, NewDeadline, Stored, checked_length
 from scopestate.wire.depth import event_depth
 
 LAST_SEQUENCE: Final = 2**53 - 2**32
-"""A scope that comes this far is read only: numbers are below 2**53, and an acknowledged write is saved."""
+"""A scope that reaches this number is read-only: numbers must stay below 2**53, and acknowledged writes must be
+saved."""
 MOST_UNSAVED: Final = 2**31
 """This many writes of a scope may wait to be saved: 2**32 numbers are skipped if the process ends before that, and no
-write may have had a higher one. It is compared at each save, which leaves the rest to the writes until the next one.
+write may have had a higher one. It is checked at each save, so the remaining numbers are for the writes until the next
+save.
 """
 
 _COMMITS: Final = ("_write", "_create", "_write_timed", "_write_deadline", "_remove", "_write_all", "_apply")
-"""The methods that have a stretch, all of them: a scope that takes no writes has other methods in their place."""
+"""All methods that have a stretch: in a scope that takes no writes, other methods replace them."""
 _UNUSED: Final[dict[str, int]] = {}
 _NONE_GONE: Final[dict[int, None]] = {}
-"""Shared by the scopes that are not kept: nothing is put into them."""
+"""Shared by the scopes that are not kept: nothing is put into it."""
 NO_DEADLINES: Final[dict[str, int]] = {}
 """Shared by the scopes that have no deadlines: nothing is put into it."""
 
 
 class Collected(msgspec.Struct, frozen=True, eq=False):
-    """What changed in a scope since its last save, as tables. They are not changed any more."""
+    """What changed in a scope since its last save, as tables that are not changed any more."""
 
     scope: str
     revision: int
@@ -91,18 +92,18 @@ class Collected(msgspec.Struct, frozen=True, eq=False):
 
 
 _PART: Final = 8
-"""A table is copied as a whole, unless only every eighth of its keys is wanted, or fewer."""
+"""A table is copied as a whole, unless at most one in this many of its keys is wanted."""
 
 
 def part(table: dict[str, Any], keys: dict[str, None]) -> dict[str, Any]:
-    """Return a copy of what a table has for these keys, or of all of it if that is quicker."""
+    """Return a copy of a table's entries for these keys, or of the whole table if that is quicker."""
     if len(keys) * _PART > len(table):
         return table.copy()
     return {key: table[key] for key in keys if key in table}
 
 
 class ScopeInMemory(ScopeActor):
-    """What a scope holds in memory, and how that is changed. Only the thread that runs its turn changes it.
+    """The memory of a scope, and how it is changed. Only the thread that runs its turn changes it.
 
     Reading needs no turn: values are immutable bytes, and a dict lookup sees them before or after a stretch.
     """
@@ -137,7 +138,7 @@ class ScopeInMemory(ScopeActor):
         self._outbox: list[Any] = around.router.outlet
         self._incoming: dict[int, StateEvent] = around.router.feed.incoming
         self._awaited = around.router.feed.awaited
-        """Not empty if something waits for what is entered into `_incoming`."""
+        """Not empty if something waits for the events that are entered into `_incoming`."""
         self._registry: MutableMapping[str, Any] = around.snapshot.dirty
         self._values: dict[str, bytes] | None = None
         """key -> JSON, in the order of creation; expired keys too, until a turn removes them. None: not in memory."""
@@ -148,7 +149,7 @@ class ScopeInMemory(ScopeActor):
         self._deadlines = NO_DEADLINES
         """key -> when it expires, in milliseconds since the epoch; only keys that have a deadline."""
         self._wheel: Wheel | None = None
-        """When to look at the keys that have deadlines; None: there was no deadline yet."""
+        """When to check the keys that have deadlines; None: there has been no deadline yet."""
         self._view: InMemory | None = None
         self._timed_view: WithDeadlines | None = None
         self._unexpired: Unexpired | None = None
@@ -156,11 +157,11 @@ class ScopeInMemory(ScopeActor):
         self._creations = 0
         """Keys that were created since this actor was made."""
         self._dirty: dict[str, None] | None = {} if keeps else None
-        """Keys that are to be saved; None: the scope is not kept. One too many does no harm."""
+        """Keys to save; None: the scope is not kept. An extra key does no harm."""
         self._removed: dict[int, None] = {} if keeps else _NONE_GONE
         """`_created` of keys that may be in the store, and are deleted."""
         self._collected = 0
-        """The number of the last write that was collected: what was created behind it is not in the store."""
+        """The number of the last write that was collected: keys created after it are not in the store."""
         self._no_writes = ""
         """Why it takes no writes; "" if it does."""
 
@@ -193,7 +194,7 @@ class ScopeInMemory(ScopeActor):
             gate.unsettled = True
             self.readable = None  # before the value can be seen
         self.touched = True
-        # The stretch begins here. A key too many that is dirty need not be taken back.
+        # The stretch begins here. An extra dirty key need not be removed again.
         if dirty is not None:
             dirty[key] = None
             self._registry[self.scope] = self
@@ -391,7 +392,7 @@ class ScopeInMemory(ScopeActor):
             self._wheel.forget(key)  # type: ignore[union-attr]  # there was a deadline
 
     def _write_deadline(self, key: str, expires_ms: int, now_ms: int) -> None:
-        """Commit that a key that exists has another deadline, and nothing else: as `_commit`, in less time."""
+        """Commit a new deadline of an existing key, and nothing else: as `_commit`, in less time."""
         sooner = self._place(key, expires_ms, now_ms)
         deadlines, dirty, gate = self._deadlines, self._dirty, self._gate
         if gate is not None:
@@ -486,7 +487,7 @@ class ScopeInMemory(ScopeActor):
         )
 
     def _entries_of(self, routed: list[Prepared], last: int) -> tuple[list[Prepared], dict[int, StateEvent]]:
-        """Return what of the prepared events of a transaction is published, and the entries for the feed.
+        """Return which of the prepared events of a transaction are published, and the entries for the feed.
 
         `last`: the revision of its last change.
         """
@@ -553,7 +554,7 @@ class ScopeInMemory(ScopeActor):
             self._gate.unsettled = True
             self.readable = None  # before the values can be seen
         self.touched = True
-        # The stretch begins here. What may need memory comes first, the events as the last of it.
+        # The stretch begins here. Steps that may need memory come first, with the events as the last of them.
         try:
             if dirty is not None:
                 dirty |= keys
@@ -635,7 +636,7 @@ class ScopeInMemory(ScopeActor):
             self._tell()
 
     def _tell(self) -> None:
-        """Have the events of a commit passed on, or committed first."""
+        """Arrange that the events of a commit are passed on, or are committed first."""
         if self._gate is not None:
             self._around.snapshot.commit_soon()
         else:
@@ -644,7 +645,7 @@ class ScopeInMemory(ScopeActor):
     # ------------------------------------------------------------------------------------------------------ deadlines
 
     def _place(self, key: str, expires_ms: int, now_ms: int | None) -> bool:
-        """Before a key gets a deadline: have it looked at in time. Return whether the next look is earlier then."""
+        """Enter a key into the wheel before it gets a deadline. Return whether the next check becomes earlier."""
         if not self._deadlines:
             self._begin_deadlines()
         assert self._wheel is not None  # from then on
@@ -659,10 +660,10 @@ class ScopeInMemory(ScopeActor):
 
     @abstractmethod
     def _begin_deadlines(self) -> None:
-        """A key is about to get the first deadline of the scope."""
+        """Prepare for the first deadline of the scope, which a key is about to get."""
 
     def _expect(self) -> None:
-        """Tell the actor that removes expired keys when to look at this scope."""
+        """Tell the actor that removes expired keys when to check this scope."""
         due_ms = self.next_due()
         if due_ms < NEVER:
             self._around.expiry.expect(self.scope, due_ms)
@@ -670,7 +671,7 @@ class ScopeInMemory(ScopeActor):
     # ---------------------------------------------------------------------------------------------------- no numbers
 
     def _refuse_writes(self, why: str) -> None:
-        """Take no more writes, and say why. It costs the scopes that do nothing."""
+        """Take no more writes, for the reason `why`. Costs nothing in scopes for which it is not called."""
         self._no_writes = f"scope {self.scope!r} takes no more writes: {why}"
         for name in _COMMITS:
             setattr(self, name, partial(self._refuse_write, name))
@@ -682,12 +683,12 @@ class ScopeInMemory(ScopeActor):
             self.__dict__.pop(name, None)
 
     def refuse_commits(self, refusal: Callable[[], Exception]) -> None:
-        """Raise `refusal()` where a turn, even one under way, would change the scope. From any thread; for good."""
+        """Raise `refusal()` wherever a turn, even a running one, would change the scope. Permanent. From any thread."""
         for name in _COMMITS:
             setattr(self, name, partial(_raise, refusal))
 
     def _refuse_write(self, name: str, *what: Any) -> NoReturn:
-        """In place of the methods that commit."""
+        """Replaces the methods that commit."""
         deletes = name == "_remove" or (name == "_write" and what[2] is None)
         raise StorageError(self._no_writes, code="DELETE_ERROR" if deletes else "SET_ERROR")
 
@@ -697,7 +698,7 @@ def _raise(refusal: Callable[[], Exception], *_: Any) -> NoReturn:
 
 
 class _Changes:
-    """What several changes add to each table, and remove from it."""
+    """What a set of changes adds to each table, and removes from it."""
 
     __slots__ = (
         "answers",
@@ -719,14 +720,14 @@ class _Changes:
         self.created: dict[str, bytes] = {}
         self.created_numbers: dict[str, int] = {}
         self.values: dict[str, bytes] = {}
-        """Of keys that exist, as the next two."""
+        """Of keys that exist, as in the next two tables."""
         self.numbers: dict[str, int] = {}
         self.times: dict[str, int] = {}
         """Of keys that have a deadline."""
         self.new_times: dict[str, int] = {}
         self.gone: list[str] = []
         self.untimed: list[str] = []
-        """Keys that have a deadline no more."""
+        """Keys that no longer have a deadline."""
         self.removed: dict[int, None] = {}
         self.dirty: dict[str, None] = {}
         self.answers: dict[str, Answer] = {}
@@ -745,6 +746,6 @@ class _Changes:
 
 
 def _remover(*tables: tuple[dict[Any, Any], Iterable[Any]]) -> Callable[[], object]:
-    """Return what removes the keys from each of the tables, where they are there: in one step, without any memory."""
+    """Return a function that removes the existing keys from each table in one step, without allocating memory."""
     steps = chain(*[map(table.pop, [*keys], repeat(None)) for table, keys in tables if keys])
     return partial(deque[object](maxlen=0).extend, steps)

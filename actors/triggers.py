@@ -21,9 +21,9 @@ T = TypeVar("T")
 def wanting(
     handlers: tuple[HandlerActor, ...], kind: EventType, old: bytes | None, new: bytes | None
 ) -> tuple[HandlerActor, ...]:
-    """Return the handlers whose triggers may want an event: it is of their kinds, and writes another value if need be.
+    """Return the handlers whose triggers may want an event: its kind fits, and so does whether the value differs.
 
-    What takes decoding is left to `Trigger.differs`, which is asked on another thread than the writer's.
+    Comparisons that need decoding are left to `Trigger.differs`, which is not called on the writer's thread.
     """
     same = old == new
     return tuple(
@@ -44,7 +44,7 @@ class Bucket:
 
     def all(self) -> tuple[HandlerActor, ...]:
         """Return the handlers. The tuple is made once, not at each of 100,000 registrations. Needs no guard."""
-        # The list first: if a registration comes in between, the tuple goes into a list that is no longer used.
+        # Read the list first: if a registration comes in between, the tuple goes into a list that is no longer used.
         listed = self.listed
         if not listed:
             listed.append(tuple(self.members.values()))
@@ -52,7 +52,7 @@ class Bucket:
 
 
 class Prefixes(Generic[T]):
-    """Things by a prefix of a name. To find those that fit takes a look-up for each length that a prefix has.
+    """Objects by a prefix of a name. Finding those that fit takes one look-up for each length that a prefix has.
 
     `put` and `pop` run under the guard of the table; `find` needs none.
     """
@@ -66,7 +66,7 @@ class Prefixes(Generic[T]):
         return any(things for _, things in self._by_length)
 
     def find(self, name: str) -> list[T]:
-        """Return what was put under a prefix of this name, the shortest first."""
+        """Return the objects under all prefixes of this name, the shortest prefix first."""
         size = len(name)
         found = []
         for length, things in self._by_length:
@@ -78,21 +78,21 @@ class Prefixes(Generic[T]):
         return found
 
     def get(self, prefix: str) -> T | None:
-        """Return what was put under exactly this prefix."""
+        """Return the object under exactly this prefix."""
         return next((things.get(prefix) for length, things in self._by_length if length == len(prefix)), None)
 
     def put(self, prefix: str, thing: T) -> None:
-        """Put something under a prefix."""
+        """Put an object under a prefix."""
         size = len(prefix)
         things = next((things for length, things in self._by_length if length == size), None)
         if things is None:
             things = {}
-            # With an empty dict first, which does no harm if a signal handler raises behind this line.
+            # With an empty dict first, which does no harm if a signal handler raises after this line.
             self._by_length = tuple(sorted((*self._by_length, (size, things)), key=itemgetter(0)))
         things[prefix] = thing
 
     def pop(self, prefix: str) -> None:
-        """Forget what was put under exactly this prefix, if anything."""
+        """Forget the object under exactly this prefix, if there is one."""
         for length, things in self._by_length:
             if length == len(prefix):
                 things.pop(prefix, None)
@@ -103,8 +103,8 @@ class Prefixes(Generic[T]):
 class Watchers(dict[str | None, Bucket]):
     """The triggers on one scope: key filter (None: every key) -> handlers.
 
-    A scope whose turn finds neither the key nor None in here, nor in `anywhere`, has nothing to tell of a write, and
-    looks no further. So the bucket under None is there, though it may be empty, as long as there is more to look at.
+    If the turn of a scope finds neither the key nor None here, nor in `anywhere`, the write has no event, and the turn
+    looks no further. So the bucket under None exists, even if empty, as long as there are other places to look.
     """
 
     __slots__ = ("anywhere", "fed", "groups", "held", "prefixes")
@@ -116,7 +116,7 @@ class Watchers(dict[str | None, Bucket]):
         self.groups = groups
         """The tables of the scope prefixes that this scope begins with."""
         self.prefixes: Prefixes[Bucket] | None = None
-        """The triggers with a key prefix; None if there was none yet."""
+        """The triggers with a key prefix; None if there has been none yet."""
         self.fed = False
         """True while the changes of the scope are entered into the feed."""
         self.held = False
@@ -155,7 +155,7 @@ class Watchers(dict[str | None, Bucket]):
     # -------------------------------------------------------------------------------------- under the table's guard
 
     def bucket(self, trigger: Trigger) -> Bucket:
-        """Return the bucket of triggers with the key filter of this one; it is made if need be."""
+        """Return the bucket of triggers with the key filter of this one; make it if it does not exist."""
         if trigger.prefix is None:
             return self.setdefault(trigger.key, Bucket())
         if self.prefixes is None:
@@ -182,7 +182,7 @@ class Watchers(dict[str | None, Bucket]):
         self.settle()
 
     def settle(self) -> None:
-        """Have a bucket under None if a write must look further, or forget it if it is empty and need not."""
+        """Make a bucket under None if a write must look further, or forget it if it is empty and not needed."""
         if self.fed or self.groups or self.prefixes is not None:
             self.setdefault(None, Bucket())
         else:
@@ -191,7 +191,7 @@ class Watchers(dict[str | None, Bucket]):
                 del self[None]
 
     def is_idle(self) -> bool:
-        """True if no trigger of its own is in here, and the changes are not fed."""
+        """True if the scope has no triggers of its own, and its changes are not fed."""
         if self.fed or self.prefixes is not None:
             return False
         return not self or (len(self) == 1 and None in self and not self[None].members)
@@ -209,14 +209,14 @@ def _merged(buckets: list[Bucket]) -> tuple[HandlerActor, ...]:
 
 
 def _place(trigger: Trigger) -> tuple[str | None, ...]:
-    """What says in which bucket a trigger is, and how its handler gets its events."""
+    """Return the filters that decide in which bucket a trigger is, and how its handler gets its events."""
     return trigger.scope, trigger.key, trigger.scope_prefix, trigger.prefix, trigger.durable
 
 
 class TriggerTable:
     """The triggers of one engine. Methods may be called from any thread.
 
-    A scope looks up its triggers within the turn that writes, so the point is exact: a trigger sees every write whose
+    A scope looks up its triggers within the turn that writes, so the moment is exact: a trigger sees every write whose
     turn begins after `register` has returned, and none that begins after `unregister` has (docs/reference/semantics.md
     8.7).
     """
@@ -236,7 +236,7 @@ class TriggerTable:
         self._anywhere = Watchers()
         self._nothing = Watchers(self._anywhere)
         self.durable = Bucket()
-        """The handlers of durable triggers. They take what was committed, so no write looks for them."""
+        """The handlers of durable triggers. They take committed events, so no write looks for them."""
         self.is_fed: Callable[[str | None], bool] = lambda scope: False
         """Tells whether the changes of a scope are entered into the feed; of None: those of every scope."""
         self._retired = Counts()
@@ -349,13 +349,16 @@ class TriggerTable:
         return watchers
 
     def _group(self, prefix: str) -> Watchers:
-        """Return the table of the triggers with a scope prefix. A new one is made known to the scopes that fit."""
+        """Return the table of the triggers with a scope prefix.
+
+        A new table is linked from the tables of the scopes that fit.
+        """
         group = self._by_scope_prefix.get(prefix)
         if group is None:
             group = Watchers()
             self._by_scope_prefix.put(prefix, group)
         if not group:
-            # Also if it is not new: a signal handler may have raised here before. An empty group does no harm.
+            # Even if it is not new: a signal handler may have raised here before. An empty group does no harm.
             for scope, watchers in list(self._by_scope.items()):
                 if scope.startswith(prefix):
                     if not any(other is group for other in watchers.groups):
@@ -374,7 +377,7 @@ class TriggerTable:
         bucket.listed = unlisted
         del self.registered[trigger_id]
         self.version += 1
-        # What it is doing now still counts, and so do the events that it drops from here on.
+        # The counts still include what it is doing now, and the events that it drops from here on.
         self._retiring += (handler,)
         handler.retired()
         if not bucket.members and trigger.durable is None:
@@ -387,7 +390,7 @@ class TriggerTable:
             self._most_retiring = 2 * len(busy) + 64
 
     def _tidy(self, trigger: Trigger) -> None:
-        """Forget what was made for the filters of a trigger, if no other has them."""
+        """Forget the tables for the filters of a trigger, if no other trigger has them."""
         scope, prefix = trigger.scope, trigger.scope_prefix
         if scope is not None:
             watchers = self._of(scope)
@@ -421,7 +424,7 @@ class TriggerTable:
 
     @exclusive
     def refeed(self, scope: str | None) -> None:
-        """Have the writes of a scope, or of every one, prepare their events for the feed too, or no longer."""
+        """Make the writes of a scope, or of every scope, prepare their events for the feed too, or stop that."""
         if scope is None:
             self._anywhere.fed = self.is_fed(None)
             self._anywhere.settle()
@@ -478,7 +481,7 @@ class TriggerTable:
 
     @exclusive
     def counts(self) -> Counts:
-        """Return what all handlers did so far, unregistered ones included."""
+        """Return the totals of all handlers, including unregistered ones."""
         total = Counts()
         total.add(self._retired)
         for handler in [*(handler for _, handler in self.registered.values()), *self._retiring]:
@@ -493,7 +496,7 @@ class Counts:
         self.delivered = self.skipped = self.failed = self.retried = self.dropped = self.timeouts = 0
 
     def add(self, other: Counts | HandlerActor) -> None:
-        """Add what one handler, or several, did."""
+        """Add the counts of one handler, or the totals of several."""
         self.delivered += other.delivered
         self.skipped += other.skipped
         self.failed += other.failed

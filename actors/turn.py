@@ -18,7 +18,7 @@ from scopestate.signals import certainly
 log = Log("scopestate.actors")
 
 BUSY: Final[Any] = object()
-"""What `run_now` returns if there is no answer without a wait."""
+"""Returned by `run_now` if the answer would need a wait."""
 
 HOLDER: Final = "holder"
 """The one key of a claim; its value is the id of the thread that runs the turn."""
@@ -50,15 +50,15 @@ def arranging(action: Callable[[], object]) -> None:
 
 
 def is_arranging() -> bool:
-    """True in code that has interrupted this thread in the middle of `arranging`: flags may say too much."""
+    """True in code that has interrupted this thread in the middle of `arranging`: a flag may be set too early."""
     return bool(_ARRANGING) and get_ident() in _ARRANGING
 
 
 class TurnActor(PykkaFace):
     """A Pykka actor whose turns run on the thread that claims it: one turn at a time, and no thread of its own.
 
-    The thread that puts its id into the claim first runs the turn. Every other one leaves a message in the mailbox and
-    goes on, or waits for the reply. No lock is held while a turn runs (docs/design/0003-turns.md).
+    The first thread that puts its id into the claim runs the turn. Every other thread leaves a message in the mailbox
+    and continues, or waits for the reply. No lock is held while a turn runs (docs/design/0003-turns.md).
 
     Thread rules: every public method may be called from any thread; `on_receive` runs with the actor claimed.
     A turn that is cut short from outside (KeyboardInterrupt, a signal handler that raises) gives the claim back, and
@@ -83,7 +83,8 @@ class TurnActor(PykkaFace):
         self._mailbox: list[Any] = []
         self._scheduled = False
         self._direct = self.caller_runs
-        """False while callers must queue: a message waits whose sender has gone on, and must not overtake it."""
+        """False while callers must queue: a message waits whose sender has continued, and whose later calls must not
+        overtake it."""
 
     # ------------------------------------------------------------------------------------------------- sending
 
@@ -110,7 +111,7 @@ class TurnActor(PykkaFace):
             self.post(envelope)
 
     def _if_idle(self, work: Callable[[Any], Any], item: Any) -> Any:
-        """Claim the actor and return `work(item)`; BUSY, with nothing done, if that means to wait or to overtake."""
+        """Claim the actor and return `work(item)`; BUSY, with nothing done, if it would have to wait or overtake."""
         claim = self._claim
         if self._direct and not claim:
             me = get_ident()
@@ -131,7 +132,7 @@ class TurnActor(PykkaFace):
         return BUSY
 
     def run_alone(self, work: Callable[[], T]) -> T:
-        """Claim the actor, whatever waits in its mailbox, and return `work()`. It polls while a turn is under way.
+        """Claim the actor, whatever waits in its mailbox, and return `work()`. Polls while a turn is running.
 
         Raises WouldDeadlock if this thread is in the middle of a turn of the actor.
         """
@@ -162,10 +163,10 @@ class TurnActor(PykkaFace):
         self.keep_order()
 
     def keep_order(self) -> None:
-        """Let callers queue behind what waits now: its sender went on, and its later calls must not overtake it.
+        """Make callers queue after the messages that wait now, whose sender's later calls must not overtake them.
 
-        Called by the sender, behind its message. Refused: that callers always queue behind a mailbox that is not empty.
-        Under contention all of them would then wait for a worker, at ten times the price.
+        Called by the sender, after its message. Refused: callers that always queue if the mailbox is not empty. Under
+        contention all of them would then wait for a worker thread, which costs ten times as much.
         """
         if self._mailbox:
             self._direct = False
@@ -181,7 +182,7 @@ class TurnActor(PykkaFace):
         self._enqueue(item)
 
     def _enqueue(self, item: Any) -> None:
-        """As `post`, without a limit: for what the engine needs of its own actors."""
+        """As `post`, without a limit: for the engine's own messages to its actors."""
         mailbox = self._mailbox
         try:
             mailbox += (item,)
@@ -198,12 +199,15 @@ class TurnActor(PykkaFace):
             return  # its turn has come
 
     def wake(self) -> None:
-        """Have the mailbox handled, unless that is arranged already."""
+        """Schedule the handling of the mailbox, unless that is arranged already."""
         if self._mailbox and not self._claim and (not self._scheduled or is_arranging()):
             self.wake_anyway()
 
     def wake_anyway(self) -> None:
-        """Have the mailbox handled; for when a `wake` was cut short. Once too often does no harm."""
+        """Schedule the handling of the mailbox, for a `wake` that was interrupted.
+
+        Calling it once too often does no harm.
+        """
         arranging(self._schedule)
 
     def _schedule(self) -> None:
@@ -227,7 +231,7 @@ class TurnActor(PykkaFace):
             self.keep_order()
 
     def _prepare(self, reply: Reply[Any]) -> None:
-        """Let a reply that Pykka has made wait and call back as those of the dispatcher do."""
+        """Give a reply that Pykka has made the waiting and the callbacks of the dispatcher's replies."""
         reply.waiter = self._dispatcher.waiter
         reply.submit_program = self._dispatcher.submit_program
 
@@ -253,11 +257,11 @@ class TurnActor(PykkaFace):
 
     def _drain_mailbox(self) -> None:
         mailbox = self._mailbox
-        # Before the mailbox is read: a sender that keeps order from here on has its message behind this batch.
+        # Before the mailbox is read: a sender that calls `keep_order` from here on has its message after this batch.
         ordered = self._direct != self.caller_runs
         self._direct = self.caller_runs
         batch = mailbox[: self.batch]
-        # As many as were taken: more may have come meanwhile.
+        # Only as many as were taken: more may have arrived since.
         del mailbox[: len(batch)]
         if ordered and mailbox:
             self._direct = False
@@ -300,7 +304,7 @@ class TurnActor(PykkaFace):
         except BaseException as error:
             if is_from_outside(error):
                 raise
-            # It may be a signal handler's, raised after the write and before the router was told.
+            # A signal handler may have raised it, after the write and before the router was woken.
             certainly(self._tell_again)
             if reply is not None:
                 self._deliver_refusal(message, reply, error)
@@ -311,7 +315,7 @@ class TurnActor(PykkaFace):
                 self._answer(message, reply, answer)
 
     def _answer(self, message: Any, reply: ReplyTo, answer: Any) -> None:
-        """Deliver the answer; an actor may hold it back until what it says is safe."""
+        """Deliver the answer; an actor may hold it back until what it says is on disk."""
         reply.set(answer)
 
     def _deliver_refusal(self, message: Any, reply: ReplyTo, error: BaseException) -> None:
@@ -328,4 +332,4 @@ class TurnActor(PykkaFace):
         self._tell_again()
 
     def _tell_again(self) -> None:
-        """Repeat what a turn tells other actors at its end; for a turn that was cut short."""
+        """Send again what a turn sends to other actors at its end, for a turn that was interrupted."""

@@ -60,7 +60,7 @@ class InMemory:
         self.limits = around.limits
         self.store_id = around.store_id
         self.revision = 0
-        """The number of the last change of the scope; it and `now` are set at the begin of each turn."""
+        """The number of the last change of the scope; it and `now` are set at the start of each turn."""
         self._clock = around.clock
         self._ordered = ordered
         self.now: int | None = None
@@ -74,7 +74,7 @@ class InMemory:
 
     @property
     def now_ms(self) -> int:
-        """The time at which the turn has asked for it first."""
+        """Return the time; within one turn always that of the first call."""
         now = self.now
         if now is None:
             now = self.now = self._clock.now_ms()
@@ -111,7 +111,7 @@ class InMemory:
         return len(self._ordered.find(within, self._exists()))
 
     def _exists(self) -> Callable[[str], object]:
-        """Return what tells whether a key exists."""
+        """Return a function that tells whether a key exists."""
         return self._values.__contains__
 
     def _count_expired(self) -> int:
@@ -119,9 +119,9 @@ class InMemory:
         return 0
 
     def apart(self, around: Surroundings, ordered: OrderedKeys, looks_at: str) -> InMemory:
-        """Return the same view of copies, for reads outside of turns, with what they look at."""
+        """Return the same view of copies of `looks_at`, for reads outside of turns."""
         if looks_at == "keys" and not ordered.is_made():
-            # A list of the keys is quicker to copy than the dict, and is all that the index needs.
+            # A list of the keys is quicker to copy than the dict, and the index needs nothing else.
             names = ordered.apart(list(self._values))
             return KeysOnly(self.scope, around, names, {}, {}, {})
         values, revisions = self._values.copy(), self._revisions.copy() if looks_at == "entries" else {}
@@ -142,7 +142,7 @@ class InMemory:
 
 
 class KeysOnly(InMemory):
-    """The view of a copy that has the keys alone, all of which exist."""
+    """The view of a copy that has only the keys, all of which exist."""
 
     __slots__ = ()
 
@@ -150,11 +150,11 @@ class KeysOnly(InMemory):
         return len(self._ordered.find(within, self._exists()))
 
     def _exists(self) -> Callable[[str], object]:
-        return id  # of every object it is true
+        return id  # true of every object
 
 
 class WithDeadlines(InMemory):
-    """The view of a scope where keys may expire, or which has a rule. A key that has expired is not there."""
+    """The view of a scope in which keys may expire, or which has a rule. Expired keys are absent."""
 
     __slots__ = ("_deadlines", "_expired", "_wheel", "expiring", "strict", "ttl_rule")
 
@@ -175,7 +175,7 @@ class WithDeadlines(InMemory):
         self._deadlines = deadlines
         self._wheel = wheel
         self._expired: bool | None = None
-        """Whether some keys have expired; None: the wheel tells."""
+        """Whether some keys have expired; None: ask the wheel."""
         self.get = self._get_unexpired
         self.expiring = True
         self.strict = False
@@ -261,14 +261,14 @@ class Apart:
         self._rule = rule
 
     def answer(self) -> Any:
-        """Return the answer, which is that of the moment at which the copies were made. Raises what the turn raises."""
+        """Return the answer as of the moment at which the copies were made. Raises what the turn raises."""
         values = self._rule.values
         _, answer = self._turn.decide(self._view) if values is None else values.decide(self._turn, self._view)
         return answer
 
 
 class AnswerApart:
-    """A reply whose answer may be one that takes long: then it is made on a worker thread."""
+    """A reply whose answer may take long to compute: then a worker thread computes it."""
 
     loop_reply = None
 
@@ -287,7 +287,7 @@ class AnswerApart:
         return getattr(self._reply, "done", False)
 
     def set(self, value: Any = None) -> None:
-        """Deliver the answer, or have it made."""
+        """Deliver the answer, or have a worker thread compute it."""
         if type(value) is Apart:
             self._dispatcher.submit(partial(self._make, value))
         else:
@@ -311,10 +311,10 @@ class AnswerApart:
 
 
 class Unexpired(Mapping[str, bytes]):
-    """The values of a scope for reads without a turn, where keys have deadlines: `get` checks the deadline of its key.
+    """The values of a scope for reads without a turn if keys have deadlines: `get` checks the deadline of its key.
 
-    Thread rules: any thread, beside the thread that changes the scope. What a reader gets is what the scope had at one
-    moment between the begin and the end of the call: the number of the last change is the same before and after.
+    Thread rules: any thread, even while another thread changes the scope. A reader gets the state of one moment between
+    the start and the end of the call: the number of the last change is the same before and after.
     """
 
     def __init__(
@@ -345,10 +345,10 @@ class Unexpired(Mapping[str, bytes]):
         return None
 
     def everything(self) -> list[bytes] | None:
-        """Return all values; None if some have expired, so that only a turn can tell."""
+        """Return all values; None if some have expired, because then only a turn can tell which."""
         number = self._number()
         values = list(self._values.values())
-        # Nothing has expired now, and nothing was removed since: so nothing had expired when the list was made.
+        # Nothing has expired now, and nothing was removed since, so nothing had expired when the list was made.
         return values if self._wheel.next_due() > self._now_ms() and self._number() == number else None
 
     def __getitem__(self, key: str) -> bytes:

@@ -1,4 +1,4 @@
-"""One watch as the feed sees it: what it wants, and what waits to be read."""
+"""One watch as the feed sees it: which changes it wants, and which wait to be read."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _KINDS: Final[dict[EventType, ChangeKind]] = {
 def changes_of(events: Iterable[StateEvent], cursors: CursorMaker, *, everything: bool = False) -> list[Change]:
     """Return the changes that watches get for these events.
 
-    A delete of a key that did not exist gives nothing, unless `everything` is asked for.
+    A delete of a key that did not exist gives no change, unless `everything` is set.
     """
     return [
         Change(
@@ -75,7 +75,7 @@ def _name_of(change: Change) -> EventName:
 class Watcher:
     """What one watch wants, and the changes that wait for it.
 
-    The feed adds changes under its guard; one thread, or several, take them away at the other end.
+    The feed adds changes under its guard; one or more threads take them out at the other end.
     """
 
     __slots__ = (
@@ -124,7 +124,7 @@ class Watcher:
         self.key = wanted.key
         self.values = values
         self.everything = everything
-        """True: deletes of keys that did not exist as well, which fire events. Of watches of many scopes."""
+        """True: include deletes of keys that did not exist, which fire events. Only for watches of many scopes."""
         self.buffer = buffer
         self.pending: deque[Change] = deque()
         self.newest: dict[tuple[str, str], Change] | None = {} if latest else None
@@ -134,11 +134,11 @@ class Watcher:
         """scope -> the revision up to which its changes are known already."""
         self._begun = False
         self.at = 0
-        """The position behind which a watch of many scopes has begun."""
+        """The position after which a watch of many scopes has begun."""
         self.broken = ""
-        """Why the changes behind those that wait are not complete; "": they are."""
+        """Why the changes after the waiting ones are not complete; "": they are."""
         self.lost = 0
-        """How many changes waited when there were too many; 0: there never were."""
+        """How many changes waited when there were too many; 0: there never were too many."""
         self.closed = False
         self.ending = False
         """True: no more changes come."""
@@ -153,7 +153,7 @@ class Watcher:
     # ------------------------------------------------------------------------------------------- by the feed, guarded
 
     def begin(self, floors: dict[str, int], position: int = 0) -> None:
-        """Begin with what has come since behind these revisions and this position. The rest is known already."""
+        """Begin with the changes after these revisions and this position. Earlier ones are known already."""
         came = list(self.pending) if self.newest is None else list(self.newest.values())
         self.pending.clear()
         if self.newest is not None:
@@ -200,7 +200,7 @@ class Watcher:
             newest[name] = change
 
     def _check_buffer(self) -> None:
-        """If too many changes wait, take no more: keep as many as the buffer holds, and the rest of a transaction."""
+        """If too many changes wait, accept no more: keep as many as the buffer holds, and the rest of a transaction."""
         waiting = len(self.pending)
         if waiting <= self.buffer:
             return
@@ -221,7 +221,7 @@ class Watcher:
                 return
 
     def drop_up_to(self, position: int) -> None:
-        """If a change up to this position still waits, drop all that waits but the rest of its transaction."""
+        """If a change up to this position still waits, drop all waiting changes except the rest of its transaction."""
         changes = list(self.pending)
         if self.newest is not None or not changes or changes[0].position > position or self.lost:
             return
@@ -236,13 +236,13 @@ class Watcher:
         """Return the next change without taking it; None: none waits."""
         waiting = self.pending if self.newest is None else self.newest.values()
         try:
-            # The oldest of those that wait. With `latest` it may have been replaced: then the next oldest.
+            # The oldest waiting change. With `latest` it may have been replaced: then the next oldest.
             return min(waiting, key=_place) if self.newest is not None else self.pending[0]
         except (IndexError, ValueError, RuntimeError):
             return None
 
     def filtered(self, changes: Sequence[Change]) -> Sequence[Change]:
-        """Return those of some changes that the watch wants, as it wants them."""
+        """Return the changes that the watch wants, in the form that it wants."""
         wanted = self._as_wanted([change for change in changes if self.filter.wants(change)])
         if self.newest is None:
             return wanted
@@ -254,7 +254,7 @@ class Watcher:
         return bool(self.pending or self.newest)
 
     def is_over(self) -> bool:
-        """True if there is a reason not to wait."""
+        """True if a reader must not wait for more."""
         return bool(self.closed or self.lost or self.broken or self.ending)
 
     def wake(self) -> None:

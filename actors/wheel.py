@@ -1,4 +1,4 @@
-"""When to look at the keys of a scope that have deadlines: a wheel with slots of four widths."""
+"""When to check the keys of a scope that have deadlines: a wheel with slots of four widths."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ NEVER: Final = 1 << 62
 """Later than every deadline, in milliseconds since the epoch."""
 
 _HOUR_MS: Final = 3_600_000
-"""Deadlines at least so far away are in slots of 2**18 ms."""
+"""Deadlines at least this far away are in slots of 2**18 ms."""
 _MINUTE_MS: Final = 60_000
-"""Those at least so far away in slots of 4,096 ms; from 64 ms on in slots of 64 ms, and else of 1 ms."""
+"""Deadlines at least this far away are in slots of 4,096 ms; from 64 ms on in slots of 64 ms, and below in slots of 1
+ms."""
 _FINER: Final = {18: 12, 12: 6, 6: 0, 0: 0}
 _MOVED: Final = 4
-"""Keys that are looked at for each one that may be returned: what one look costs is bounded."""
+"""Keys that are checked for each one that may be returned. This limits what one call costs."""
 _NO_KEYS: Final[dict[str, None]] = {}
 
 
 class Wheel:
     """Tells which keys of a scope have expired, oldest first, without sorting all of them.
 
-    `deadlines` is the truth, and belongs to the scope: each reader compares with it. The wheel only knows when to look
-    at a key: at its deadline or earlier. A look finds that it has expired, or moves it to a slot nearer to its
-    deadline, or drops it, as it has no deadline any more. So an entry too many, and a look too early, do no harm, and
-    a write that is cut short between the wheel and `deadlines` leaves nothing to repair. A deadline that is put off
-    does not move its key.
+    `deadlines` belongs to the scope and is authoritative: each reader compares with it. The wheel only knows when to
+    check a key: at its deadline or earlier. A check finds that the key has expired, or moves it to a slot nearer to its
+    deadline, or drops it if it has no deadline any more. So an extra entry or an early check does no harm, and a write
+    that is interrupted between the wheel and `deadlines` leaves nothing to repair. A deadline that is moved to a later
+    time does not move its key.
 
     Thread rules: only the thread that runs the scope's turn calls it; `next_due` may be called from any thread.
     """
@@ -37,21 +38,21 @@ class Wheel:
     __slots__ = ("_deadlines", "_slots", "_starts", "_where")
 
     def __init__(self, deadlines: Mapping[str, int]) -> None:
-        """`deadlines`: key -> milliseconds since the epoch; kept, and read at each look."""
+        """`deadlines`: key -> milliseconds since the epoch; kept, and read at each check."""
         self._deadlines = deadlines
         self._where: dict[str, tuple[int, int]] = {}
-        """key -> the slot in which it will be looked at. What another slot has of it is out of date."""
+        """key -> the slot in which it will be checked. Entries for it in other slots are outdated."""
         self._slots: dict[tuple[int, int], dict[str, None]] = {}
         """(first millisecond, minus the number of bits of its width) -> its keys."""
         self._starts: list[tuple[int, int]] = []
         """A heap of the names of the slots; of two that begin together, the wider one comes first."""
 
     def __len__(self) -> int:
-        """Keys that will be looked at."""
+        """The number of keys that will be checked."""
         return len(self._where)
 
     def next_due(self) -> int:
-        """Return when to look next: the first deadline, or earlier. NEVER if no key has one."""
+        """Return when to check next: the first deadline, or earlier. NEVER if no key has one."""
         try:
             return self._starts[0][0] if self._deadlines else NEVER
         except IndexError:
@@ -60,7 +61,7 @@ class Wheel:
     # --------------------------------------------------------------------------------------------------- placing
 
     def place(self, key: str, ms: int, now_ms: int) -> bool:
-        """Make sure that `key` is looked at by `ms`. Called before the write that gives it this deadline.
+        """Make sure that `key` is checked by `ms`. Called before the write that gives it this deadline.
 
         Returns True if `next_due` is earlier than before.
         """
@@ -69,7 +70,7 @@ class Wheel:
             return not self._deadlines
         away = abs(ms - now_ms)
         bits = 18 if away >= _HOUR_MS else 12 if away >= _MINUTE_MS else 6 if away >= 64 else 0
-        # With the first deadline of all, what an earlier one has left in the wheel counts again.
+        # With the first deadline of all, entries that earlier deadlines have left in the wheel count again.
         return self._move(key, (ms >> bits << bits, -bits), known) or not self._deadlines
 
     def place_all(self, deadlines: Mapping[str, int], now_ms: int) -> bool:
@@ -84,12 +85,12 @@ class Wheel:
         self.place_all(self._deadlines, now_ms)
 
     def _move(self, key: str, name: tuple[int, int], known: tuple[int, int] | None) -> bool:
-        """Put a key into a slot, and out of the one that it is in. Returns True if there was none before this one."""
-        # In this order: wherever this is cut short, the key is in a slot that is looked at.
+        """Put a key into a slot, and take it out of its present one. Returns True if no slot was before this one."""
+        # In this order: wherever this is interrupted, the key is in a slot that will be checked.
         earliest = False
         slot = self._slots.get(name)
         if slot is None:
-            # A name without a slot does no harm, nor does one that is there twice.
+            # A name without a slot does no harm, nor does a duplicate name.
             starts = self._starts
             heapq.heappush(starts, name)
             slot = self._slots[name] = {}
@@ -103,7 +104,10 @@ class Wheel:
     # -------------------------------------------------------------------------------------------------- dropping
 
     def forget(self, key: str) -> None:
-        """Drop a key that has no deadline any more. Called after the write; without it the entry stays until a look."""
+        """Drop a key that has no deadline any more.
+
+        Called after the write; without it the entry stays until it is checked.
+        """
         self.forget_all((key,))
 
     def forget_all(self, keys: Iterable[str]) -> None:
@@ -127,9 +131,9 @@ class Wheel:
     def due(self, now_ms: int, limit: int) -> list[str]:
         """Return the keys whose deadline is not after `now_ms`, by deadline, at most `limit`.
 
-        They stay here until they have no deadline any more: if the write that removes them is refused, the next look
-        finds them again. A look that has many keys to move returns fewer, perhaps none; `next_due` is not after
-        `now_ms` then.
+        They stay here until they have no deadline any more: if the write that removes them is refused, the next call
+        finds them again. A call that has many keys to move returns fewer, perhaps none; `next_due` is then not after
+        `now_ms`.
         """
         found: list[str] = []
         passed: list[tuple[int, int]] = []
@@ -138,7 +142,7 @@ class Wheel:
         try:
             while len(found) < limit and left > 0 and starts and starts[0][0] <= now_ms:
                 name = starts[0]
-                if passed and passed[-1] == name:  # a name that is there twice
+                if passed and passed[-1] == name:  # a duplicate name
                     heapq.heappop(starts)
                     continue
                 slot = slots.get(name, _NO_KEYS)
