@@ -27,11 +27,11 @@ class KvOptions(Options, frozen=True):
 
     share: Literal["auto", "never"] | None = None
     """For a file_based store. `auto`: several processes may use the directory: the first one opens it and serves the
-    others, and when it ends another takes its place; with the extra `wire`. `never`: a second engine is refused. Left
-    out: `auto`. A reload does not change it."""
+    others, and when it ends, another takes its place; needs the extra `wire`. `never`: a second engine is refused. If
+    left out, `auto`. A reload does not change it."""
     connect_wait_ms: Wait = 5_000
-    """In a process that shares a directory: how long a call waits for another process to own it, when the one that did
-    has ended. A reload does not change it."""
+    """In a process that shares a directory: how long a call waits for another process to become the owner after the
+    previous one has ended. A reload does not change it."""
 
     @property
     def shares(self) -> bool:
@@ -79,7 +79,7 @@ class LocalBackend(Backend):
     def scopes(self) -> list[str]:
         """Return the names of the scopes that have a saved key.
 
-        A scope whose writes last in memory only is not among them: what the store has of it is from before the rule.
+        Scopes with durability `memory` are left out: what the store has of them is older than that rule.
         """
         if self.store is None:
             return []

@@ -49,7 +49,7 @@ def _writing(key: str, entry: Entry | None) -> Turn[Any]:
 
 
 async def _end_other_tasks() -> None:
-    """End what still runs on a loop that closes: a thread may wait for its outcome."""
+    """End the tasks that still run on a closing loop: a thread may wait for their outcome."""
     others = asyncio.all_tasks() - {asyncio.current_task()}
     for task in others:
         task.cancel()
@@ -79,7 +79,7 @@ def _client_options(options: BridgeOptions, *, one_machine: bool) -> ClientOptio
         name=f"{made.name}:{os.urandom(4).hex()}",  # there may be another engine in this process
         backoff_first_s=0.002,  # a refusal costs nothing
         backoff_most_s=0.05,
-        max_message_bytes=LARGEST_MESSAGE,  # what one engine can hold, the other must get
+        max_message_bytes=LARGEST_MESSAGE,  # the other engine must be able to receive everything that one can hold
     )
 
 
@@ -98,12 +98,12 @@ class BridgeBackend(Backend):
         on_lost: Callable[[str, bool], object] | None = None,
         describe: Callable[[], str] | None = None,
     ) -> None:
-        """`find()` is asked where the other engine is at each attempt to connect, in the place of the options.
+        """`find()` returns where the other engine is, at each attempt to connect; it replaces the options.
 
         It may raise NotConnected, which says why there is nothing to connect to; it is called on several threads.
         `on_lost(reason, goodbye)` is called each time that a connection has ended or cannot be made, on the loop's
-        thread; `goodbye`: the other engine has ended it in order. `describe()` says more about that engine in the error
-        of a call that it does not answer. Raises ConfigError: address, token, TLS file.
+        thread; `goodbye`: the other engine has ended it with a goodbye. `describe()` says more about that engine in the
+        error of a call that it does not answer. Raises ConfigError: address, token, TLS file.
         """
         self._address: Final = Address(
             options.bridge_url,
@@ -116,7 +116,7 @@ class BridgeBackend(Backend):
         """As in `Connection`: there is a `find` if this is the engine of the same directory."""
         self._remote_events = options.events == "remote"
         self._level: Final = logging.WARNING if find is None else logging.DEBUG
-        """Of what the log says of connections: the caller that gives `find` tells what matters."""
+        """The log level of messages about connections: a caller that gives `find` logs what matters itself."""
         self._pid = os.getpid()
         self._closed = False
         self.leaving = False
@@ -133,7 +133,7 @@ class BridgeBackend(Backend):
             pauses_s=None if find is None else (client_options.backoff_first_s, client_options.backoff_most_s),
             describe=describe,
         )
-        """Drives the connection for calls."""
+        """The connection owner for calls."""
         self._client = Client(
             find or self._address,
             client_options,
@@ -177,7 +177,7 @@ class BridgeBackend(Backend):
     def read_now(self, function_id: str, payload: bytes) -> bytes | None:
         """Call a function that changes nothing and wait for the result; not on an event loop's thread.
 
-        Raises the error of the call. One whose connection was lost is made again.
+        Raises the error of the call. A call whose connection was lost is repeated.
         """
         for _ in range(MOST_REPEATS):
             with contextlib.suppress(ConnectionLost):
@@ -185,7 +185,7 @@ class BridgeBackend(Backend):
         return self.call_and_wait(function_id, payload)
 
     def _post(self, function_id: str, payload: bytes, done: Done, depth: int = 0, needs: Needs | None = None) -> None:
-        """As `call`, by the connection for what the other engine starts: a call that may take long."""
+        """As `call`, for calls that may take long: uses the connection for calls that the other engine starts."""
         try:
             self._loop.call_soon_threadsafe(
                 partial(self._client.post, function_id, payload, done, depth=depth, needs=needs)
@@ -209,7 +209,7 @@ class BridgeBackend(Backend):
         return await self._client.call_raw(function_id, payload, timeout_s=timeout_s)
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> concurrent.futures.Future[None] | None:
-        """Run a coroutine on the loop of the connection; None: that is closed."""
+        """Run a coroutine on the loop of the connection; None: the loop is closed."""
         try:
             return asyncio.run_coroutine_threadsafe(work, self._loop)
         except RuntimeError:
@@ -217,7 +217,7 @@ class BridgeBackend(Backend):
             return None
 
     def on_loop(self, work: Callable[[], object]) -> None:
-        """Call `work()` on that loop, soon; never if that is closed."""
+        """Call `work()` on that loop, soon; never if the loop is closed."""
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(work)
 
@@ -228,9 +228,9 @@ class BridgeBackend(Backend):
         return BridgeScope(scope, around, self)
 
     def start(self, around: Surroundings) -> None:
-        """With `events: remote`, have an event fired for every change that a trigger here may want from now on.
+        """With `events: remote`, fire an event for every change that a trigger here may want from now on.
 
-        The other engine tells of those made through this bridge too, and, if it has `state::changes`, of those made
+        The other engine also reports changes made through this bridge, and, if it has `state::changes`, those made
         while there was no connection.
         """
         if self._remote_events:
@@ -253,10 +253,10 @@ class BridgeBackend(Backend):
     saves_elsewhere = True
 
     def flush(self) -> None:
-        """Wait until the other engine has saved; iii, and an older scopestate, cannot be asked, and save by themselves.
+        """Wait until the other engine has saved.
 
-        Raises StorageError. If this engine goes on with a store of its own before the call was sent, nothing is left to
-        wait for here.
+        Raises StorageError. iii and older versions of scopestate cannot be asked, and save on their own. If this engine
+        continues with a store of its own before the call was sent, there is nothing left to wait for here.
         """
         waiter = Waiter()
         try:
@@ -280,7 +280,9 @@ class BridgeBackend(Backend):
     # ----------------------------------------------------------------------------------------- for export and import
 
     def read(self, scope: str) -> dict[str, Entry]:
-        """Return what a scope holds, as of one moment, in the other engine's order. Revision 0: it does not tell.
+        """Return what a scope holds, as of one moment, in the other engine's order.
+
+        Revision 0: it does not report revisions.
 
         Raises StorageError if the other engine is not scopestate: its `state::list` names no keys.
         """
@@ -295,7 +297,7 @@ class BridgeBackend(Backend):
     def write(self, changes: Mapping[str, Mapping[str, Entry | None]]) -> None:
         """Set each key of each scope, or delete it (None), and wait for the answers. Its revision is not kept.
 
-        Each key is a call of its own: on a raise, some of the keys may be written.
+        Each key is a separate call: if it raises, some of the keys may be written.
         """
         waiting: list[tuple[str, str, Waiter]] = []
         for scope, values in changes.items():
@@ -359,7 +361,7 @@ class BridgeBackend(Backend):
             self._loop.close()
 
     def _settle_events(self, timeout_s: float) -> None:
-        """Before the first call of a connection: the events of this engine's own writes must be told, too."""
+        """Wait for events before the first call of a connection: those of this engine's own writes must arrive too."""
         self._events.settle(timeout_s, lambda: self._closed)
 
     def _note_refusal(self, error: ScopestateError) -> None:

@@ -1,4 +1,4 @@
-"""The calls of a bridge: what a caller waits for, and what goes to the other engine."""
+"""The calls of a bridge: those that callers wait for, and those that are sent to the other engine."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class RemoteCall(Call):
     since = 0.0
     """When it began to wait for a connection. Seconds on the monotonic clock."""
     deadline = 0.0
-    """When its answer is waited for no longer."""
+    """When the wait for its answer ends."""
     invocation_id = ""
-    """What its answer names; another one each time that it is sent."""
+    """The id that its answer names; a new one each time that it is sent."""
 
     def __init__(
         self, function_id: str, payload: bytes, done_to: Done | None, depth: int = 0, needs: Needs | None = None
@@ -31,7 +31,7 @@ class RemoteCall(Call):
 
         `needs`: what the other engine must be able to do.
         """
-        # As that of its base, written out: one is made for each call.
+        # The base's `__init__`, written inline: one object is made for each call.
         self.message = self.reply_to = None
         self.depth = depth
         self.function_id = function_id
@@ -42,18 +42,18 @@ class RemoteCall(Call):
 
 @final
 class TurnCall(Call):
-    """A turn whose caller waits for it on its own thread. It is the reply, too."""
+    """A turn whose caller waits for it on its own thread. It is also the reply."""
 
     remote: RemoteCall | None = None
-    """What has gone to the other engine for it, if its caller leads."""
+    """The call that was sent to the other engine for it, if its caller leads."""
     late: Any = None
-    """What is left to do for it, as its caller was cut short."""
+    """What is left to do for it after its caller was interrupted."""
     loop_reply = None
 
-    # From here on: of one that is sent as it is, in the place of a `RemoteCall` and of the scope's own record.
+    # From here on: for a turn that is sent itself, instead of a `RemoteCall` and the scope's own record.
 
     home: Any = None
-    """The scope that has sent it so."""
+    """The scope that has sent it in this way."""
     turn: Any = None
     function_id = ""
     payload = b""
@@ -66,10 +66,10 @@ class TurnCall(Call):
     resent = 0
     runs = False
     followers: list[Any]
-    """What waits for this call, in the order in which it came."""
+    """The calls that wait for this one, in order of arrival."""
 
     def __init__(self, turn: Any, depth: int) -> None:
-        # As that of its base, written out.
+        # The base's `__init__`, written inline.
         self.message = turn
         self.reply_to = None
         self.depth = depth
@@ -95,7 +95,7 @@ class TurnCall(Call):
         self.end()
 
     def end(self) -> None:
-        """Let the caller go on: it has its outcome."""
+        """Wake the caller: it has its outcome."""
         self.done = True
         lock, self.lock = self.lock, None
         if lock is not None:

@@ -41,20 +41,20 @@ _AGAIN_S: Final = 0.02
 
 
 class _Closes(NotConnected):
-    """The other engine is closing: another one will be there, or none."""
+    """The other engine is closing: another one may take its place."""
 
 
 class RemoteChanges(ChangeSource):
     """Polls the other engine. One that does not have `state::changes`, such as iii, is refused with Unsupported."""
 
     def __init__(self, call: Call, call_timeout_ms: int, connect_wait_ms: int, is_leaving: Callable[[], bool]) -> None:
-        """`is_leaving()`: True from the moment at which no call is sent any more, as another backend takes over."""
+        """`is_leaving()`: True once no call is sent any more, because another backend takes over."""
         self._call = call
         self.longest_wait_ms = min(LONGEST_WAIT_MS, call_timeout_ms // 2)
         self._connect_wait_s = connect_wait_ms / 1000
         self._is_leaving = is_leaving
         self._waiting: list[tuple[Mapping[str, Any], Done]] = []
-        """Polls that were begun as this side was leaving, for the source that comes."""
+        """Polls that were begun while this side was leaving, for its successor."""
         self._successor: ChangeSource | None = None
         self._has_successor = threading.Event()
 
@@ -65,7 +65,7 @@ class RemoteChanges(ChangeSource):
         if self._successor is not None:
             self._successor.poll(asked, done)
             return
-        # Names with "_" are not listed. An engine that does not know one keeps a watch that no poll goes on with.
+        # Names with "_" are not listed. An engine that does not know one keeps a watch that no poll continues.
         needs = Needs(FUNCTION_ID, tuple(name for name in asked if not name.startswith("_")))
         try:
             self._call(FUNCTION_ID, msgspec.json.encode(asked), finish, 0, needs)

@@ -1,7 +1,7 @@
 """`modify`, `transact` and checked updates over a bridge: read, compute here, and write if nothing has changed since.
 
 The functions of the program run on this side, over values that were read one by one; the write names the revisions that
-it relies on. If another write came in between, all of it is done again, a bounded number of times.
+it relies on. If another write came in between, everything is repeated, a bounded number of times.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 ATTEMPTS: Final = 60
-"""How often a function is called until no other write has come in between."""
+"""How often a function is called at most, until no other write comes in between."""
 _LONGEST_PAUSE_S: Final = 0.05
 
 # ------------------------------------------------------------------------------------------------- where it is computed
@@ -60,7 +60,7 @@ class Waiter:
 
 
 class Computation:
-    """A `modify` or `transact` whose turn it is."""
+    """A `modify` or `transact` that may run now."""
 
     def __init__(
         self,
@@ -84,13 +84,13 @@ class Computation:
         self._deliver(effects, error)
 
     def give_up(self) -> None:
-        """Its caller has gone, perhaps before it could deliver the outcome. May be repeated."""
+        """End it without its caller, which has gone, perhaps before it could deliver the outcome. May be repeated."""
         effects, error = self._outcome or (None, StorageError("the caller has stopped waiting"))
         self._deliver(effects, error)
 
 
 class Here:
-    """The reply to a caller that computes on its own thread what it has sent."""
+    """The reply to a caller that computes its turn on its own thread."""
 
     loop_reply = None
 
@@ -114,19 +114,19 @@ class Here:
             self._granted.set(None)
 
     def grant(self, computation: Computation) -> None:
-        """It is this call's turn."""
+        """Let this call compute now."""
         self._granted.set(computation)
         if self.abandoned:
             computation.give_up()
 
     def work_here(self, timeout_s: float | None) -> None:
-        """Wait until it is this call's turn, and compute. Raises pykka.Timeout."""
+        """Wait until this call may compute, and compute. Raises pykka.Timeout."""
         computation = self._granted.get(timeout=timeout_s)
         if computation is not None:
             computation.run()
 
     def give_up(self) -> None:
-        """The caller waits no longer. May be repeated."""
+        """Note that the caller waits no longer. May be repeated."""
         self.abandoned = True
         if not self.answer.done and self._granted.done and (granted := self._granted.get()) is not None:
             granted.give_up()
@@ -135,7 +135,7 @@ class Here:
 # ---------------------------------------------------------------------------------------------------- what is computed
 
 Ask = Callable[[Turn[Any]], Effects[Any]]
-"""Has another engine do a turn, and waits for it. Raises what that engine answers."""
+"""Runs a turn in another engine, and waits for it. Raises the error that it answers."""
 
 
 def is_computed(turn: Turn[Any]) -> bool:
@@ -144,7 +144,7 @@ def is_computed(turn: Turn[Any]) -> bool:
 
 
 _COMPUTED: Final = (Modify, Transact, CheckedUpdate)
-"""As a tuple, which is not made anew by each call."""
+"""A tuple that is made only once, not at each call."""
 
 
 def needs_of(turn: Turn[Any]) -> Needs:
@@ -200,7 +200,7 @@ def _update(turn: CheckedUpdate, view: _Found, outer: Turn[Any]) -> Effects[Upda
     for again in _attempts():
         view.forget()
         before = view.entry(turn.key)
-        turn.decide(view)  # raises what refuses it
+        turn.decide(view)  # raises if the turn is refused
         try:
             return view.ask(_wrapped(turn.unchecked(0 if before is None else before.revision), outer))
         except Conflict as conflict:
@@ -213,7 +213,7 @@ def _update(turn: CheckedUpdate, view: _Found, outer: Turn[Any]) -> Effects[Upda
 def _transact(turn: Transact[T], scope: str, limits: Limits, outer: Turn[Any], ask: Ask) -> Effects[T]:
     idempotency_key = _idempotency_key(outer)
     if idempotency_key is not None:
-        # The function must not be called again: it might refuse what it has done already.
+        # The function must not be called again: it might refuse because of its own first run.
         _, kept = ask(Recall(idempotency_key))
         if kept.found:
             return (), decode(kept.answer)
@@ -223,7 +223,7 @@ def _transact(turn: Transact[T], scope: str, limits: Limits, outer: Turn[Any], a
         draft.refuse_size(turn.max_bytes)
         batch = draft.as_batch(turn.max_bytes)
         if not batch.steps and not idempotency_key and len(batch.checks) + (batch.if_revision is not None) < 2:
-            return (), answer  # what it has read was so at one moment
+            return (), answer  # everything it read was current at one moment
         batch.refuse_size(scope)
         write: Turn[Any] = batch if idempotency_key is None else Committing(batch, encode(answer))
         try:
@@ -236,7 +236,7 @@ def _transact(turn: Transact[T], scope: str, limits: Limits, outer: Turn[Any], a
 
 
 def _attempts() -> Iterator[Callable[[Conflict], object]]:
-    """Yield for each attempt what takes its conflict: it waits a little, or raises after the last attempt."""
+    """Yield, for each attempt, a function that takes its conflict: it waits briefly, or raises after the last one."""
     for attempt in range(ATTEMPTS):
 
         def again(conflict: Conflict, attempt: int = attempt) -> None:
@@ -257,7 +257,7 @@ def _idempotency_key(turn: Turn[Any]) -> str | None:
 
 
 def _wrapped(turn: Turn[Any], outer: Turn[Any]) -> Turn[Any]:
-    """Return a turn with the idempotency key and the durability of the one that it does."""
+    """Return a turn with the idempotency key and the durability of the turn that it carries out."""
     match outer:
         case Durable(turn=inner):
             return Durable(_wrapped(turn, inner))
@@ -268,7 +268,7 @@ def _wrapped(turn: Turn[Any], outer: Turn[Any]) -> Turn[Any]:
 
 
 class _Found(PlainView):
-    """A scope of another engine, as far as it was looked at."""
+    """The part of another engine's scope that was read so far."""
 
     def __init__(self, scope: str, limits: Limits, ask: Ask) -> None:
         self.scope = scope
@@ -279,12 +279,12 @@ class _Found(PlainView):
         self._now_ms: int | None = None
 
     def forget(self) -> None:
-        """Read again what is asked for from now on."""
+        """Forget what was read, so that it is read again."""
         self._entries.clear()
 
     @property
     def revision(self) -> int:  # type: ignore[override]  # known once keys were listed
-        """The number of the last change of the scope, when keys were listed first."""
+        """The number of the last change of the scope when keys were first listed."""
         return self._revision or 0
 
     @property
@@ -318,9 +318,9 @@ class _Found(PlainView):
         return sum(1 for _ in self.keys(within))
 
     def values(self) -> list[bytes]:
-        """Not asked for by these functions."""
+        """Not used by these functions."""
         raise NotImplementedError
 
     def items(self) -> list[tuple[str, bytes]]:
-        """Not asked for by these functions."""
+        """Not used by these functions."""
         raise NotImplementedError

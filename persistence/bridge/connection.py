@@ -1,4 +1,4 @@
-"""One WebSocket connection for calls: whole messages in and out, driven by the thread that has it, without a loop.
+"""One WebSocket connection for calls: whole messages in and out, driven by one thread, without an event loop.
 
 Frames are read and written here: a text message is a header and its JSON. The handshake is in `dialling.py`.
 """
@@ -31,7 +31,7 @@ _CHUNK: Final = 1 << 16
 _CONTINUATION, _TEXT, _BINARY, _CLOSE, _PING, _PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
 _WHOLE_TEXT: Final = 0x80 | _TEXT
 _PIECE: Final = 100
-"""Bytes that each fragment of a message counts beside its payload: empty ones must not be free."""
+"""Bytes that are counted for each fragment of a message in addition to its payload: empty ones must not be free."""
 _PART: Final = 1 << 20
 _AGAIN: Final = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 _NO_MASK: Final = b"\0\0\0\0"
@@ -48,7 +48,7 @@ class Ended(Broken):
     def __init__(self, text: str, *, goodbye: bool) -> None:
         super().__init__(text)
         self.goodbye = goodbye
-        """True if it has begun nothing that it has not answered."""
+        """True if it has answered every call that it has begun."""
 
 
 class BridgeConnection:
@@ -68,11 +68,10 @@ class BridgeConnection:
         received: bytes = b"",
         masked: bool = True,
     ) -> None:
-        """`timeout_s`: longest wait for the other side to take in what is sent. `max_bytes`: largest message that may
-        come; `most_sent`: largest that the other side takes. `received`: what has come behind the handshake.
-
-        `masked`: False where nothing between the two sides could mistake a message for something else: then the mask
-        is zero, which is one, and costs nothing.
+        """`timeout_s`: longest wait for the other side to read what is sent. `max_bytes`: largest message that may
+        come; `most_sent`: largest that the other side takes. `received`: bytes that came after the handshake. `masked`:
+        False if nothing between the two sides could mistake a message for something else: then the mask is zero, which
+        is valid and costs nothing.
         """
         self.address = address
         self.most_sent = most_sent
@@ -82,7 +81,7 @@ class BridgeConnection:
         self._masks = b""
         self._decrypted: Callable[[], int] | None = sock.pending if isinstance(sock, ssl.SSLSocket) else None
         self._waits_itself = _BY_SYSTEM and self._decrypted is None
-        """True if `recv` waits for a moment; else it never waits."""
+        """True if `recv` itself waits for a moment; else it never waits."""
         sock.settimeout(None if self._waits_itself else 0.0)
         if self._waits_itself:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(PATIENCE_S))
@@ -95,7 +94,7 @@ class BridgeConnection:
         self._buffer = bytearray()
         """The beginning of a frame."""
         self._needed = 0
-        """Bytes that `_buffer` must have before it is looked at."""
+        """Bytes that `_buffer` must hold before it is parsed again."""
         self._messages: deque[bytes] = deque()
         self._fragments: list[bytes] = []
         self._fragment_bytes = 0
@@ -105,7 +104,7 @@ class BridgeConnection:
         self._midway = False
         """True while the rest of a message is still to be sent."""
         self._ending: Broken | None = None
-        """Why no more can come; raised when the messages before it were taken."""
+        """Why no more can come; raised once the messages before it were taken."""
         self._closed = False
         if received:
             self._feed(received)
@@ -138,7 +137,7 @@ class BridgeConnection:
         self._midway = False
 
     def _send_rest(self, rest: memoryview) -> None:
-        """Send while the other side takes it in, and take in what it sends: it may do so before it reads on."""
+        """Send as the other side reads, and receive at the same time: it may have to send before it reads more."""
         until = time.monotonic() + self._timeout_s
         while rest:
             self._midway = True
@@ -162,7 +161,7 @@ class BridgeConnection:
         return sent
 
     def owe(self, message: bytes) -> None:
-        """Send a message when that takes no wait, before those that come later."""
+        """Send a message once that needs no wait, and before any later message."""
         self._owe(self.frame(message))
 
     def _owe(self, frame: bytes) -> None:
@@ -214,7 +213,10 @@ class BridgeConnection:
         return messages.popleft()
 
     def receive(self) -> None:
-        """Take in what is there; then ask `next_message`. Ask only if it is `readable`. Raises Broken."""
+        """Receive what is there; then call `next_message`.
+
+        Call it only if the connection is `readable`. Raises Broken.
+        """
         try:
             data = self._receive(_CHUNK)
         except _AGAIN:
@@ -229,7 +231,7 @@ class BridgeConnection:
             raise self._end()
 
     def next_message(self) -> Any:
-        """Return the next message that is all there, else NOT_ALL. Raises Broken behind the last one."""
+        """Return the next complete message, else NOT_ALL. Raises Broken after the last one."""
         if self._messages:
             return self._messages.popleft()
         if self._ending is not None:
@@ -243,8 +245,8 @@ class BridgeConnection:
     def wait(self, timeout_s: float | None, fd: int | None) -> bool:
         """Wait until there is something to receive, `fd` can be read, or the time is over. Whether there is something.
 
-        With `fd` any thread may wait, beside the one that uses the connection. One that was shut has something to
-        receive.
+        With `fd` any thread may wait, even while another one uses the connection. A connection that was shut has
+        something to receive.
         """
         if self._closed or (self._decrypted is not None and self._decrypted() > 0):
             return True
@@ -254,10 +256,13 @@ class BridgeConnection:
             here = self._sock.fileno()
             return here < 0 or here in _wait(here, fd, timeout_s)
         except (OSError, ValueError):
-            return True  # it was closed meanwhile
+            return True  # it was closed in the meantime
 
     def is_stale(self) -> bool:
-        """True if the other side has closed it. Takes in what is there, answers pings. Ask while nothing is sent."""
+        """True if the other side has closed it.
+
+        Receives what is there, answers pings. Call it while nothing is sent.
+        """
         if self._ending is None and not self._readable(0) and (self._decrypted is None or not self._decrypted()):
             return False
         try:
@@ -273,13 +278,13 @@ class BridgeConnection:
         return self._sock.fileno()
 
     def plain_fd(self) -> int | None:
-        """Return the file descriptor that an event loop can wait for; None if there may be more than it shows."""
+        """Return the file descriptor that an event loop can wait for; None if data may wait that it does not show."""
         return self._sock.fileno() if self._waits_itself else None
 
     # ---------------------------------------------------------------------------------------------------------- frames
 
     def _feed(self, data: bytes) -> None:
-        """Take in bytes: whole messages go to `_messages`."""
+        """Parse bytes: complete messages are appended to `_messages`."""
         buffer = self._buffer
         if buffer:
             buffer += data
@@ -317,7 +322,7 @@ class BridgeConnection:
             buffer += data[at:]
 
     def _take_rare(self, first: int, payload: bytes) -> None:
-        """Take any frame but a whole text message."""
+        """Handle any frame that is not a whole text message."""
         kind, last = first & 0x0F, bool(first & 0x80)
         if first & 0x70:
             self._note(self._fail(1002, "a reserved bit is set, but no extension was agreed on"))
@@ -374,7 +379,7 @@ class BridgeConnection:
         self._sock.close()
 
     def shut(self) -> None:
-        """Have a thread that waits in it, now or later, get Broken; it closes the connection then."""
+        """Make a thread that waits in it, now or later, get Broken; that thread then closes the connection."""
         with suppress(OSError):  # it is gone already
             self._sock.shutdown(socket.SHUT_RDWR)
 
@@ -383,7 +388,7 @@ class BridgeConnection:
             self._ending = ending
 
     def _fail(self, code: int, why: str) -> Broken:
-        """The other side does not keep to the protocol."""
+        """Close the connection, because the other side violates the protocol, and return the error."""
         with suppress(OSError):
             if not (self._midway or self._owed):
                 self._send(self._control(_CLOSE, code.to_bytes(2)))
@@ -395,7 +400,7 @@ class BridgeConnection:
         return self._ending
 
     def _broken(self, error: OSError) -> Broken:
-        """Close it, and return why. What has come before counts: it may say what was not begun."""
+        """Close it, and return why. Messages that came before still count: they may say what was not begun."""
         if not self._closed:
             self._closed = True
             with suppress(OSError, ValueError):
@@ -416,7 +421,7 @@ def _send_at_once(send: Callable[[bytes, int], int], data: bytes) -> int:
 if hasattr(select, "poll"):
 
     def _poll(sock: socket.socket) -> Callable[[int], Any]:
-        """Return what says whether there is something to receive."""
+        """Return a function that tells whether there is something to receive."""
         poll = select.poll()
         poll.register(sock, select.POLLIN)
         return poll.poll

@@ -24,9 +24,9 @@ from scopestate.signals import Guard, exclusive, join
 log = Log("scopestate.persistence.bridge")
 
 _LAST_S: Final = 1.0
-"""How long a closing engine waits for what the keeper is saying."""
+"""How long a closing engine waits for the last messages of the keeper."""
 _MOMENT_S: Final = 0.003
-"""How long an outcome waits for others, to be told with them."""
+"""How long an outcome waits for others that are reported with it."""
 _AGAIN_S: Final = 0.1
 """Pause after the other engine did not answer."""
 _REFUSED_S: Final = 5.0
@@ -37,7 +37,7 @@ class Connection(Line, Protocol):
     """A connection to the other engine, with its loop."""
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> concurrent.futures.Future[None] | None:
-        """Run a coroutine on the loop of the connection; None: that is closed."""
+        """Run a coroutine on the loop of the connection; None: the loop is closed."""
 
     def on_loop(self, work: Callable[[], object]) -> None:
         """Call `work()` on that loop, soon."""
@@ -106,7 +106,7 @@ class RemoteConsumers(Consumers):
         self._exclusive = Guard()
         self._bell = threading.Event()
         self._rests = False
-        """True while the keeper sleeps until it is told."""
+        """True while the keeper sleeps until it is woken."""
         self._closing = False
         self._thread: threading.Thread | None = None
 
@@ -137,7 +137,7 @@ class RemoteConsumers(Consumers):
 
     @exclusive
     def _keeper(self) -> threading.Thread | None:
-        """Return the keeper's thread, which has started. Once this side is closing, there will be no other one."""
+        """Return the keeper's thread, which has started. Once this side is closing, no other one is started."""
         return self._thread
 
     def _ring(self) -> None:
@@ -152,7 +152,7 @@ class RemoteConsumers(Consumers):
         pause_s: float | None = None
         while not self._closing:
             self._rests = True
-            # What came before `_rests` was set has rung no bell.
+            # Changes from before `_rests` was set have not woken this thread.
             if pause_s is not None or not any(port.has_to_say for port in self._awake()):
                 self._bell.wait(pause_s)
             self._bell.clear()
@@ -167,7 +167,7 @@ class RemoteConsumers(Consumers):
         return [port for port in list(self._ports.values()) if not port.is_over]
 
     def _keep(self, port: RemotePort) -> float | None:
-        """Return after how many seconds to look again; None: when it is told to."""
+        """Return after how many seconds to check again; None: when woken."""
         if port.has_to_say:
             try:
                 port.keep()
@@ -184,7 +184,7 @@ class RemoteConsumers(Consumers):
         return _AGAIN_S if port.stopping and not port.is_over else None
 
     def close(self) -> None:
-        """Say what has ended, and give back what this engine holds, if there is a connection. Idempotent."""
+        """Report what has ended, and give back what this engine holds, if there is a connection. Idempotent."""
         if self._closing:
             return
         self._closing = True
@@ -223,11 +223,11 @@ class RemoteConsumers(Consumers):
     # ------------------------------------------------------------------------------------------------- what they say
 
     def states(self) -> list[tuple[str, str | None]]:
-        """Return the consumers that this engine takes events of: others are the business of other engines."""
+        """Return the consumers that this engine takes events of: other engines take care of the rest."""
         return [(port.name, port.paused()) for port in list(self._ports.values()) if not port.stopping]
 
     def served_elsewhere(self) -> list[str]:
-        """Return the consumers of the triggers here: what other engines handle of them is not known here."""
+        """Return the consumers of the triggers here: which events other engines handle is not known here."""
         return [port.name for port in self._awake() if not port.stopping]
 
     def problems(self) -> list[str]:
@@ -251,7 +251,7 @@ class RemoteConsumers(Consumers):
     def settle(self, names: Sequence[str], marks: Mapping[str, int], wait_s: float) -> dict[str, int]:
         for name in names:
             if (port := self._ports.get(name)) is not None:
-                port.be_joined()  # or the other engine does not know what is handled here
+                port.be_joined()  # otherwise the other engine does not know which events are handled here
         asked = handed.Drain(list(names), int(wait_s * 1000), dict(marks))
         drained: handed.Drained = ask(self._line, handed.DRAIN, asked, handed.Drained, reads=True)
         return drained.left

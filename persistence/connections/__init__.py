@@ -1,1 +1,1 @@
-"""What drives a connection to another program, whatever is spoken over it: Redis and bridges use it."""
+"""Driving a connection to another program, independent of the protocol. Redis and bridges use it."""

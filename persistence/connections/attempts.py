@@ -24,7 +24,7 @@ class Backoff:
     ) -> None:
         """`pauses_s`: the shortest and the longest one, in seconds; None: BACKOFF_S."""
         self.failures = 0
-        """Since the last success."""
+        """Failures since the last success."""
         self._uniform = uniform
         self._pauses_s = pauses_s or BACKOFF_S
 
@@ -36,12 +36,12 @@ class Backoff:
         return pause_s * self._uniform(0.75, 1.0)
 
     def reset(self) -> None:
-        """It works again."""
+        """Forget the failures: a connection was made."""
         self.failures = 0
 
 
 class Attempts(Generic[T_Connection]):
-    """The attempts of one connection owner to reach its target. For the holder of its claim, but for `hasten`."""
+    """The attempts of one connection owner to reach its target. For the holder of its claim, except `hasten`."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class Attempts(Generic[T_Connection]):
         backoff: Backoff,
         level: int = logging.WARNING,
     ) -> None:
-        """`peer`: what the target is, for messages. `level`: of those in the log."""
+        """`peer`: what the target is, for messages. `level`: the level of messages in the log."""
         self._level = level
         self._target = target
         self._peer = peer
@@ -62,7 +62,7 @@ class Attempts(Generic[T_Connection]):
         self.successes = 0
         """Connections made so far."""
         self.due = 0.0
-        """When the next attempt may be made; in the past: now. Seconds on the monotonic clock."""
+        """When the next attempt may be made: at once if it is in the past. Seconds on the monotonic clock."""
         self.why_not: str | None = None
         """Why there is no connection, if the last attempt failed."""
 
@@ -77,7 +77,7 @@ class Attempts(Generic[T_Connection]):
         return dialled
 
     def note_failure(self, error: NotConnected) -> None:
-        """Put the next attempt off, longer each time."""
+        """Delay the next attempt, longer each time."""
         self.why_not = str(error)
         if not self._backoff.failures:
             self._log.log(self._level, "%s; calls wait for it and it is tried again", error)

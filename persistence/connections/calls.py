@@ -21,11 +21,12 @@ class Call(Envelope):
     lock: Any = None
     """Held until the call has ended, if a thread waits for that."""
     thread = 0
-    """The thread that leads for it, if one does."""
+    """The thread that leads for it, or 0."""
     gave_up = False
-    """Its caller waits no longer. Only a flag: a call that was not sent is skipped, nothing else depends on it."""
+    """True if its caller waits no longer. A call that was not sent is then skipped; nothing else depends on the
+    flag."""
     loop: AbstractEventLoop | None = None
-    """The event loop whose thread sends it, if that may drive the connection."""
+    """The event loop whose thread sends it, if that loop may drive the connection."""
 
     def __init__(self, turn: Any, reply_to: ReplyTo | None, depth: int) -> None:
         self.message = turn

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Final, Protocol, TypeVar
 
 NOT_ALL: Final = object()
-"""Instead of an answer, while that is not all there."""
+"""Returned instead of an answer that is not complete yet."""
 
 
 class Broken(Exception):
-    """The connection failed: no answer in time, reset, or something that is not the protocol. It is closed by now."""
+    """The connection failed: no answer in time, a reset, or a violation of the protocol. It is closed already."""
 
 
 class Connection(Protocol):
@@ -32,13 +32,16 @@ class Connection(Protocol):
         """True if `receive` would not wait."""
 
     def is_stale(self) -> bool:
-        """True if the other side has closed it, so that nothing can be sent. Ask while nothing is under way."""
+        """True if the other side has closed it, so that nothing can be sent.
+
+        Call it only while no call is in progress.
+        """
 
     def plain_fd(self) -> int | None:
-        """Return the file descriptor that an event loop can wait for; None with TLS, which has bytes of its own."""
+        """Return the file descriptor that an event loop can wait for; None with TLS, which has a buffer of its own."""
 
     def shut(self) -> None:
-        """Have a thread that waits in it, now or later, get Broken; it closes the connection then."""
+        """Make a thread that waits in it, now or later, get Broken; that thread then closes the connection."""
 
     def close(self) -> None:
         """Close it. Idempotent."""
@@ -50,8 +53,8 @@ class PatientConnection(Connection, Protocol):
     def wait(self, timeout_s: float | None, fd: int | None, /) -> bool:
         """Wait until there is something to receive, the descriptor `fd` can be read, or the time is over; None: never.
 
-        Returns whether `receive` would not wait. Receives nothing itself, so any thread may call it beside the one that
-        uses the connection. A connection that is shut or closed counts as one with something to receive.
+        Returns whether `receive` would not wait. Receives nothing itself, so any thread may call it, even while another
+        thread uses the connection. A connection that is shut or closed counts as one with something to receive.
         """
 
 
@@ -60,7 +63,7 @@ T_Connection_co = TypeVar("T_Connection_co", bound=Connection, covariant=True)
 
 
 class Target(Protocol[T_Connection_co]):
-    """What can be dialled. Methods from any thread."""
+    """A server that can be dialled. Methods may be called from any thread."""
 
     @property
     def address(self) -> str:

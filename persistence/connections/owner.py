@@ -1,16 +1,16 @@
 """The connection owner: which thread drives a connection, and when.
 
-The holder of its one claim does what `Pump` says. A caller that finds the connection owner idle leads: it does its own
-call on its own thread, and no other. Every other caller posts its call to the inbox and asks the I/O thread, which then
-pumps for all of them. An event loop drives on its own thread if it can.
+The holder of its one claim does the work of `Pump`. A caller that finds the connection owner idle *leads*: it does its
+own call on its own thread, and no other. Every other caller posts its call to the inbox and wakes the I/O thread, which
+then pumps for all of them. An event loop drives the connection on its own thread if it can.
 
 The hand-over rule: a poster appends to the inbox, then reads the claim; the holder gives the claim back, then reads the
-inbox. So one of the two sees the other. `tests/redis/test_owner_model.py` goes through every order.
+inbox. So one of the two sees the other. `tests/redis/test_owner_model.py` checks every order of these steps.
 
-If answers may take long (`prompt` is False), nothing keeps the claim while it waits for one: a caller that leads leaves
-its call to the I/O thread, and that thread sleeps where both an answer and a request of another thread wake it. The
-request is a token, and a byte to the bell if the thread is not at the tokens: a poster puts the token, then reads where
-the thread is; the thread notes where it is, then reads the tokens.
+If answers may take long (`prompt` is False), no thread keeps the claim while it waits for one: a caller that leads
+leaves its call to the I/O thread, which sleeps in such a way that both an answer and a request of another thread wake
+it. A request is a token, and a byte for the bell if the thread does not wait for tokens: a poster puts the token, then
+reads what the thread waits for; the thread records what it waits for, then reads the tokens.
 """
 
 from __future__ import annotations
@@ -41,12 +41,13 @@ if TYPE_CHECKING:
 HOLDER: Final = "holder"
 """The one key of a claim."""
 _FEW: Final = 2
-"""An event loop sends at once if so few calls went together the last time; else those of other tasks go along."""
+"""An event loop sends at once if at most this many calls were sent together last time; else it waits for other
+tasks."""
 _CLOSED: Final = "the engine is closed"
 
 
 class _Holder:
-    """What holds a claim, if that is not a call."""
+    """The holder of a claim that is not a call."""
 
     __slots__ = ("thread",)
 
@@ -55,14 +56,14 @@ class _Holder:
 
 
 class Bell:
-    """Wakes a thread that waits for a socket. From any thread, but for `silence`."""
+    """Wakes a thread that waits for a socket. From any thread, except `silence`."""
 
     def __init__(self) -> None:
         self._here, self._there = socket.socketpair()
         self._here.setblocking(False)
         self._there.setblocking(False)
         self.fd: int = self._here.fileno()
-        """Can be read once it was rung."""
+        """A descriptor that is readable once `ring` was called."""
 
     def ring(self) -> None:
         """Wake the thread, now or when it begins to wait."""
@@ -70,7 +71,7 @@ class Bell:
             self._there.send(b"\0")
 
     def silence(self) -> None:
-        """Forget that it was rung."""
+        """Forget the calls of `ring` so far."""
         with suppress(OSError):
             self._here.recv(4096)
 
@@ -94,38 +95,38 @@ class ConnectionOwner(Pump[T_Item, T_Call, T_Connection]):
         self._wake = means.wake
         self._claim: dict[str, Call | Watch | _Holder] = {}
         self._tokens: Inbox[None] = Inbox()
-        """What wakes the I/O thread. One too many does no harm."""
+        """Tokens that wake the I/O thread. An extra one does no harm."""
         self._bell: Bell | None = None
         self._at_socket = False
         """True while the I/O thread waits for the connection and the bell, not for tokens alone."""
         self._wanted = False
-        """True while the I/O thread is about to take the claim: a caller that runs already would win each time."""
+        """True while the I/O thread is about to take the claim: otherwise a running caller would win each time."""
         self._led: Any = None
-        """What the caller that leads has sent, until it has taken the answer in."""
+        """What the leading caller has sent, until it has received the answer."""
         self._watch: Watch | None = None
         self._thread: dict[str, threading.Thread] = {}
         self._begun = False
 
     def connect(self) -> None:
-        """Connect now, on this thread. Raises NotConnected. For the start: nothing else uses the owner yet."""
+        """Connect now, on this thread. Raises NotConnected. For the start, when nothing else uses the owner yet."""
         self._connection = self._attempts.connect()
 
     def try_now(self) -> None:
-        """If there is no connection: try now, not only after the pause that follows a failure."""
+        """If there is no connection, try to connect now instead of after the pause that follows a failure."""
         self._attempts.hasten()
         self._ask()
 
     def load(self) -> int:
-        """About how much it has to do: 0 if nothing."""
+        """Return approximately how much it has to do: 0 if nothing."""
         return len(self._under_way) + len(self._inbox) + len(self._ready) + len(self._claim)
 
     def is_held_here(self) -> bool:
-        """True if this thread holds the claim: then this code has interrupted it."""
+        """True if this thread holds the claim: then the current code has interrupted it."""
         holder = self._claim.get(HOLDER)
         return holder is not None and holder.thread == get_ident()
 
     def passivate(self, leave: Callable[[], bool]) -> bool:
-        """Call `leave()` within the claim; BUSY if that is taken."""
+        """Call `leave()` with the claim held; BUSY if it is taken."""
         me = _Holder()
         if self._claim.setdefault(HOLDER, me) is not me:
             return BUSY  # type: ignore[no-any-return]
@@ -138,31 +139,35 @@ class ConnectionOwner(Pump[T_Item, T_Call, T_Connection]):
 
     @abstractmethod
     def _lead(self, home: Any, call: T_Call) -> bool:
-        """Do a call here. False: it must be queued. With `call.lock` set, it has gone to the I/O thread on the way.
+        """Do a call here.
 
-        Only if there is a connection, and nothing is under way or waits.
+        False: it must be queued; if `call.lock` is set, it was left to the I/O thread. Only if there is a connection,
+        and no call is in progress or waits.
         """
 
     @abstractmethod
     def _recover_led(self, home: Any, call: T_Call) -> None:
-        """A caller that leads was cut short: leave its call to the I/O thread, or end it. May be repeated."""
+        """Leave the call of an interrupted leading caller to the I/O thread, or end it. May be repeated."""
 
     @abstractmethod
     def _queue(self, home: Any, call: T_Call) -> None:
-        """Put a call where it is found by the next holder, and `post`. Raises what refuses it."""
+        """Queue a call for the next holder, and `post`. Raises the error that refuses it."""
 
     @abstractmethod
     def _find_abandoned(self, home: Any, call: T_Call) -> None:
-        """A caller that does not lead was cut short: have it seen that the call needs no answer. May be repeated."""
+        """Make the holder see that the call of an interrupted caller, which does not lead, needs no answer.
+
+        May be repeated.
+        """
 
     @abstractmethod
     def _too_late(self, home: Any, timeout_s: float) -> Exception:
-        """Return the error of a caller that waits no longer."""
+        """Return the error for a caller whose time is over."""
 
     def call(self, home: Any, call: T_Call, timeout_s: float | None) -> None:
-        """Have a call done, and wait until it has ended. Raises ReplyTimeout, and what refuses the call.
+        """Do a call, and wait until it has ended.
 
-        `home`: what the call belongs to, such as its scope.
+        Raises ReplyTimeout, and the error that refuses the call. `home`: what the call belongs to, such as its scope.
         """
         claim = self._claim
         lock: Any = None
@@ -189,9 +194,9 @@ class ConnectionOwner(Pump[T_Item, T_Call, T_Connection]):
         raise self._too_late(home, timeout_s or 0.0)
 
     def _recover(self, home: Any, call: T_Call) -> None:
-        """A caller was cut short, wherever it was. May be repeated."""
+        """Recover from the interruption of a caller, wherever it was. May be repeated."""
         call.gave_up = True
-        if self._claim.get(HOLDER) is call:  # not that of a call which this one has interrupted
+        if self._claim.get(HOLDER) is call:  # not the claim of a call that this one has interrupted
             self._recover_led(home, call)
             self._claim.pop(HOLDER, None)
         else:
@@ -199,27 +204,27 @@ class ConnectionOwner(Pump[T_Item, T_Call, T_Connection]):
         self._ask()
 
     def _leave_to_thread(self, call: T_Call) -> None:
-        """Within the claim of a caller: the I/O thread waits for the answer, and this caller for its call."""
+        """Let the I/O thread wait for the answer, and this caller for its call. With the caller's claim held."""
         arm(call)
         self._is_news = True
 
     # ----------------------------------------------------------------------------------------------- the hand-over rule
 
     def post(self, item: T_Item) -> None:
-        """Have an item looked at on the I/O thread. Never blocks."""
+        """Pass an item to the I/O thread. Never blocks."""
         self._inbox.append(item)
         if not self._claim and not self._wanted and (not self._begun or self._ended or self._tokens.empty()):
             self._ask()
 
     def _give_back(self) -> None:
-        """The hand-over rule, the holder's half: first the claim, then what was posted meanwhile."""
+        """Give the claim back, then check what was posted in the meantime: the holder's half of the hand-over rule."""
         self._claim.pop(HOLDER, None)
         if self._inbox or self._wanted or self._is_news:
             self._ask()
 
     def _ask(self) -> None:
         """Wake the I/O thread."""
-        self._tokens.put(None)  # one C call, which a signal cannot cut in two
+        self._tokens.put(None)  # one C call, which a signal cannot interrupt
         if self._at_socket and self._bell is not None:
             self._bell.ring()
         if self._ended:
@@ -234,7 +239,7 @@ class ConnectionOwner(Pump[T_Item, T_Call, T_Connection]):
     def post_on_loop(self, item: T_Item, loop: AbstractEventLoop) -> None:
         """As `post`, on the thread of an event loop, which is not the main thread: it drives the connection if it can.
 
-        Not on the main thread, where a signal handler could cut it short in the middle of other callers' calls.
+        Not on the main thread, where a signal handler could interrupt it in the middle of other callers' calls.
         """
         watch = self._watch
         if watch is None or watch.loop is not loop or watch.connection is not self._connection:
@@ -248,12 +253,12 @@ class ConnectionOwner(Pump[T_Item, T_Call, T_Connection]):
         if not self._tokens.empty() or (self._under_way and not watch.active):
             self._ask()  # the I/O thread has work in any case
         elif self._round > _FEW:
-            watch.call_soon(self._drive)  # so that tasks that go on in this round of the loop go along
+            watch.call_soon(self._drive)  # so that the calls of tasks that run in this round of the loop are included
         else:
             self._drive(watch)
 
     def _new_watch(self, loop: AbstractEventLoop) -> Watch | None:
-        """Return what lets this loop wait for the connection; None if it cannot now."""
+        """Return a watch that lets this loop wait for the connection; None if it cannot now."""
         connection = self._connection
         if connection is None or self._under_way or self._wake is not None:
             return None
@@ -273,7 +278,7 @@ class ConnectionOwner(Pump[T_Item, T_Call, T_Connection]):
         return self._watch
 
     def _may_drive(self, watch: Watch) -> bool:
-        """True if all that there is to do can be done without waiting, on an event loop. Protocols may add to it."""
+        """True if an event loop can do all waiting work without blocking. Protocols may add conditions."""
         connection = self._connection
         return (
             connection is not None
@@ -288,16 +293,16 @@ class ConnectionOwner(Pump[T_Item, T_Call, T_Connection]):
         if watch is not self._watch or self._claim.setdefault(HOLDER, watch) is not watch:
             watch.stop()
             if self._under_way:
-                self._ask()  # the holder may be one that takes no answers, and then the I/O thread does
+                self._ask()  # the holder may not take answers, and then the I/O thread does
             return
         try:
             if not self._may_drive(watch):
                 watch.stop()
-                self._ask()  # not without waiting: for the I/O thread
+                self._ask()  # it would block, so it is left to the I/O thread
                 return
             self._pump_safely(waits=False, dials=False)
             if self._under_way:
-                # For calls of its own tasks alone: the loop may end while other callers still wait for theirs.
+                # Only for calls of its own tasks: the loop may end while other callers still wait for their answers.
                 if watch is self._watch and self._is_of_loop(watch.loop):
                     watch.start(self._call_timeout_s, self._check_age)
                 else:
@@ -309,7 +314,7 @@ class ConnectionOwner(Pump[T_Item, T_Call, T_Connection]):
             self._give_back()
 
     def _check_age(self, watch: Watch) -> None:
-        """End what is overdue: the loop's part of what the I/O thread does about time limits."""
+        """End overdue calls: the event loop's part of enforcing time limits, which the I/O thread does otherwise."""
         if watch is self._watch and self._claim.setdefault(HOLDER, watch) is watch:
             try:
                 now = self._clock()
@@ -326,7 +331,7 @@ class ConnectionOwner(Pump[T_Item, T_Call, T_Connection]):
 
     def _start(self) -> None:
         try:
-            # One C call, as in `actors.dispatcher.start_thread`: a signal cannot cut it in two.
+            # One C call, as in `actors.dispatcher.start_thread`: a signal cannot interrupt it.
             _thread.start_new_thread(self._begin_thread, ())
             self._begun = True
         except RuntimeError as error:
@@ -341,7 +346,7 @@ class ConnectionOwner(Pump[T_Item, T_Call, T_Connection]):
             try:
                 thread.start()
             except RuntimeError as error:
-                self.log.error(  # noqa: TRY400 - the traceback says no more
+                self.log.error(  # noqa: TRY400 - a traceback would add nothing
                     "no thread for the connection to %s at %s: %s", self.peer, self._target.address, error
                 )
                 time.sleep(AGAIN_S)
@@ -366,11 +371,11 @@ class ConnectionOwner(Pump[T_Item, T_Call, T_Connection]):
             try:
                 self._pump_safely(waits=True, dials=True)
             finally:
-                self._is_news = False  # this thread looks at it all the same
+                self._is_news = False  # this thread checks it anyway
                 self._give_back()
 
     def _sleep(self, wait_s: float | None, *, taken: bool) -> None:
-        """Wait for a token; for an answer as well, if one may come that nothing else waits for."""
+        """Wait for a token, and also for an answer if one may come for which no other thread waits."""
         connection, bell = self._connection, self._bell
         if bell is None or connection is None or taken or not self._under_way:
             with suppress(Empty):
@@ -385,7 +390,7 @@ class ConnectionOwner(Pump[T_Item, T_Call, T_Connection]):
             self._tokens.get_nowait()
 
     def step(self) -> float | None:
-        """Do what can be done without waiting for an answer. Returns `due_in`. For an owner without an I/O thread."""
+        """Do the work that needs no wait for an answer. Returns `due_in`. For an owner without an I/O thread."""
         me = _Holder()
         if self._claim.setdefault(HOLDER, me) is me:
             try:
@@ -397,7 +402,7 @@ class ConnectionOwner(Pump[T_Item, T_Call, T_Connection]):
     # ---------------------------------------------------------------------------------------------------------- the end
 
     def end(self) -> None:
-        """Take nothing new, and let no thread wait for an answer any longer; `close` waits for them."""
+        """Accept nothing new, and let no thread wait for an answer any longer; `close` waits for these threads."""
         self._ended = True
         if (connection := self._connection) is not None:
             connection.shut()
@@ -413,7 +418,7 @@ class ConnectionOwner(Pump[T_Item, T_Call, T_Connection]):
                 join(thread)
                 break
             except RuntimeError:
-                time.sleep(0.001)  # it is about to be started, or to be given up
+                time.sleep(0.001)  # it is about to be started or abandoned
         self._refuse_late(EngineClosed(_CLOSED), patient=True)
         if (connection := self._connection) is not None:
             connection.close()
@@ -423,9 +428,9 @@ class ConnectionOwner(Pump[T_Item, T_Call, T_Connection]):
             bell.close()
 
     def _refuse_late(self, error: ScopestateError, *, patient: bool = False) -> None:
-        """Refuse everything that is here, unless the claim is taken: its holder does that then.
+        """Refuse everything that waits, unless the claim is taken: then its holder does that.
 
-        `patient`: wait for the claim, and end what is under way as well.
+        `patient`: wait for the claim, and also end the calls in progress.
         """
         me = _Holder()
         while self._claim.setdefault(HOLDER, me) is not me:

@@ -1,6 +1,6 @@
-"""What happens to one connection, and to the calls that go by it: on one thread at a time.
+"""The work on one connection and its calls, done by one thread at a time.
 
-The holder of the claim (`owner.py`) sorts in what was posted, sends calls, takes answers in and tells callers.
+The holder of the claim (`owner.py`) sorts in the posted items, sends calls, receives answers and wakes callers.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
     from scopestate.persistence.connections.owner import ConnectionOwner
 
 AGAIN_S: Final = 0.05
-"""Pause before something that did not work is tried again."""
+"""Pause before a failed step is retried."""
 PATIENCE_S: Final = 0.001
-"""How long the claim is kept for an answer that may take long, so that what was posted meanwhile goes together."""
+"""How long the claim is kept for an answer that may take long, so that calls posted meanwhile are sent together."""
 _ROUND_BYTES: Final = 1 << 20
-"""What is sent in one piece before answers are read."""
+"""The most bytes that are sent in one piece before answers are read."""
 _FITS: Final = 1 << 14
-"""Bytes that a socket takes in without waiting. Callers are told before more than that is sent."""
+"""Bytes that a socket accepts without a wait. Callers are woken before more than that is sent."""
 _MANY: Final = 48
-"""Fewer than these go together in any case: two pieces instead of one cost more than the wait."""
+"""Fewer calls than this are always sent together: two pieces instead of one cost more than the wait."""
 _PACE_S: Final = 5e-6
 """Approximate time between a caller's answer and its next call."""
 _WORK_S: Final = 3e-6
@@ -58,13 +58,13 @@ class TimeLimits(NamedTuple):
     """How long calls may take, in seconds."""
 
     call_s: float
-    """From the moment it is sent to its answer."""
+    """From sending it to its answer."""
     connect_wait_s: float
-    """Without a connection, until it is refused."""
+    """How long it waits without a connection before it is refused."""
 
 
 class Item(Protocol):
-    """What is posted: a call, or something that knows which calls wait."""
+    """A posted item: a call, or an object that knows which calls wait."""
 
     since: float
     """When it began to wait for a connection. Seconds on the monotonic clock."""
@@ -75,23 +75,25 @@ T_Call = TypeVar("T_Call", bound=Call)
 
 
 class Pump(ABC, Generic[T_Item, T_Call, T_Connection]):
-    """One connection, and what is under way on it. For the holder of its claim, but for `post`, `leave` and properties.
+    """One connection, and the calls in progress on it.
+
+    For the holder of its claim, except `post`, `leave` and properties.
 
     What differs between protocols is in the abstract methods. None of them may wait.
     """
 
     peer: ClassVar[str]
-    """What is at the other end, for messages: text that `at` and its address can follow."""
+    """The name of the other side in messages; "at" and its address may follow."""
     log: ClassVar[logging.Logger]
     level: int = logging.WARNING
-    """Of what the log says of connections that are lost and made."""
+    """The log level of messages about lost and new connections."""
     thread_name: ClassVar[str]
-    """Of its I/O thread."""
+    """The name of its I/O thread."""
     prompt: ClassVar[bool]
     """True: the other side answers at once and in order, so no answer in time means that the connection is broken.
 
-    False: an answer may take as long as it likes, and others may come before it. Then no thread keeps the claim while
-    it waits for one, longer than `PATIENCE_S`.
+    False: an answer may take any time, and others may come before it. Then no thread keeps the claim for longer than
+    `PATIENCE_S` while it waits for one.
     """
 
     def __init__(
@@ -109,32 +111,33 @@ class Pump(ABC, Generic[T_Item, T_Call, T_Connection]):
         backoff = Backoff(means.uniform, backoff_s)
         self._attempts = Attempts(target, self.peer, self.log, means.clock, backoff, self.level)
         self._inbox: deque[T_Item] = deque()
-        """What was posted. Any thread appends to it: see `ConnectionOwner.post`."""
+        """Posted items. Any thread appends to it: see `ConnectionOwner.post`."""
         self._ready: deque[T_Item] = deque()
-        """What is to be sent, in this order."""
+        """Items to send, in order."""
         self._under_way: Collection[Any] = deque()
         """Calls that were sent, and whose answers are still to come. Each protocol has a container that suits it."""
         self._later: list[tuple[float, int, Any]] = []
-        """A heap of what is due at some time."""
+        """A heap of items with the times at which they are due."""
         self._pushed = 0
         self._is_news = False
         """True if the I/O thread must be woken when the claim is given back."""
         self.over: list[T_Call] = []
-        """Calls that have ended, and whose callers do not know yet."""
+        """Calls that have ended, and whose callers were not woken yet."""
         self._sent_at = 0.0
         self._round = 0
-        """Calls that were sent together last."""
+        """How many calls were last sent together."""
         self._overdue_at: float | None = None
-        """When the time limit of something under way ends. Known while the claim is free; only if not `prompt`."""
+        """When the first time limit of the calls in progress ends. Known while the claim is free; only if not
+        `prompt`."""
         self._unsent = b""
-        """What did not fit into the socket of a thread that must not wait."""
+        """Bytes that did not fit into the socket, from a thread that must not wait."""
         self._trip_s = float("inf")
-        """Shortest round trip on this connection so far, without the work of the other side."""
+        """The shortest round trip on this connection so far, excluding the work of the other side."""
         self._connection: T_Connection | None = None
         self._leaving = False
         self._ended = False
         self.serves = True
-        """False: its target is not needed any more, so it is not a problem if that cannot be reached."""
+        """False: its target is no longer needed, so it is not a problem if it cannot be reached."""
 
     @property
     def address(self) -> str:
@@ -153,17 +156,17 @@ class Pump(ABC, Generic[T_Item, T_Call, T_Connection]):
 
     @abstractmethod
     def post(self, item: T_Item) -> None:
-        """Have something looked at by the next holder. Never blocks."""
+        """Pass an item to the next holder. Never blocks."""
 
     def leave(self) -> None:
-        """Dial anew before the next call, once the answers that are under way are here. Never blocks."""
+        """Dial again before the next call, once all outstanding answers have arrived. Never blocks."""
         self._leaving = True
 
     def due_in(self) -> float | None:
-        """Return in how many seconds something must be done though nothing is posted and no answer comes; None: never.
+        """Return in how many seconds there is work even if nothing is posted and no answer comes; None: never.
 
-        That is the end of a pause or of a time limit, the next attempt to connect, and the refusal of a call that has
-        waited too long.
+        Such work is the end of a pause or of a time limit, the next attempt to connect, and the refusal of a call that
+        has waited too long.
         """
         self._is_news = False
         now = self._clock()
@@ -183,41 +186,47 @@ class Pump(ABC, Generic[T_Item, T_Call, T_Connection]):
 
     @abstractmethod
     def _sort_in(self, item: T_Item, now: float) -> None:
-        """Take an item that was posted. If something is to be sent for it: append it to `_ready`, with `since` set."""
+        """Take a posted item. If something must be sent for it, append it to `_ready`, with `since` set."""
 
     @abstractmethod
     def _begin(self, item: T_Item, connection: T_Connection, now: float) -> bytes | None:
-        """Return what to send for an item of `_ready`, and note that it is under way; None: nothing.
+        """Return the bytes to send for an item of `_ready`, and record that it is in progress; None: nothing to send.
 
         Adds the number of calls to `_round`.
         """
 
     @abstractmethod
     def _take_answers(self, connection: T_Connection) -> None:
-        """Take in what was received. Calls that have ended go to `over`."""
+        """Process the received bytes. Calls that have ended are appended to `over`."""
 
     @abstractmethod
     def _fail_under_way(self, error: Broken) -> None:
-        """The connection is lost: no answer can come any more. End what is under way, or put it into `_ready` again."""
+        """End the calls in progress on a lost connection, or put them into `_ready` again.
+
+        No answer can come any more.
+        """
 
     @abstractmethod
     def _end_overdue(self, now: float) -> float | None:
-        """End what has waited too long for its answer. Return when the next time limit ends; None: nothing has one."""
+        """End calls that have waited too long for their answers.
+
+        Return when the next time limit ends; None: no call has one.
+        """
 
     @abstractmethod
     def _refuse(self, item: T_Item, error: ScopestateError) -> None:
-        """End what an item stands for: nothing of it was sent."""
+        """End the calls of an item, of which nothing was sent."""
 
     @abstractmethod
     def _is_of_loop(self, loop: AbstractEventLoop) -> bool:
-        """True if everything under way was called by tasks of this event loop."""
+        """True if all calls in progress were made by tasks of this event loop."""
 
     def _resume(self, what: Any, now: float) -> None:
-        """Something is due that was given to `_push`."""
+        """Handle an item that was given to `_push` and is now due."""
         raise NotImplementedError
 
     def _pass_on(self) -> None:
-        """There is no connection: what need not wait for one may go elsewhere. By default everything waits."""
+        """Without a connection: pass on calls that need not wait for one. By default all of them wait."""
 
     # ---------------------------------------------------------------------------------------- one round after the other
 
@@ -226,16 +235,17 @@ class Pump(ABC, Generic[T_Item, T_Call, T_Connection]):
             self._pump(waits=waits, dials=dials)
         except Exception:
             self.log.exception("the connection to %s at %s failed", self.peer, self._target.address)
-            # What was under way may have been sent or not: answers that come now would be taken for others.
+            # It is unknown whether the calls in progress were sent: answers that come now would be assigned to the
+            # wrong calls.
             self._lose(self._connection, Broken("an error in this engine"))
         finally:
             self._hand_out()
 
     def _pump(self, *, waits: bool, dials: bool) -> None:
-        """Send what is ready and take answers in, until nothing is left or there is no connection.
+        """Send what is ready and receive answers, until nothing is left or there is no connection.
 
-        `waits`: for answers (for a short time, if they may take long), and until all is sent. `dials`: if there is no
-        connection.
+        `waits`: wait for answers (only shortly if they may take long), and until all is sent. `dials`: connect if there
+        is no connection.
         """
         ready, under_way, prompt = self._ready, self._under_way, self.prompt
         while not self._ended:
@@ -262,7 +272,7 @@ class Pump(ABC, Generic[T_Item, T_Call, T_Connection]):
                     connection.send(unsent)
                 if ready and not self._leaving:
                     self._send(connection, waits=waits)
-                # Only now: the other side has work to do while callers take their answers.
+                # Only now: the other side then works while callers take their answers.
                 self._hand_out()
                 if under_way:
                     if not prompt:
@@ -282,7 +292,7 @@ class Pump(ABC, Generic[T_Item, T_Call, T_Connection]):
                 self._lose(connection, error)
 
     def _is_answered(self, connection: Any, *, waits: bool) -> bool:
-        """True if there is something to receive, within a moment if `waits`."""
+        """True if there is something to receive; with `waits`, wait for it a moment."""
         return bool(connection.wait(PATIENCE_S, None) if waits else connection.readable())
 
     def _collect(self) -> None:
@@ -296,7 +306,7 @@ class Pump(ABC, Generic[T_Item, T_Call, T_Connection]):
             self._resume(heapq.heappop(later)[2], now)
 
     def _push(self, due: float, what: Any) -> None:
-        """Have `_resume(what, now)` called at `due`."""
+        """Call `_resume(what, now)` at `due`."""
         self._pushed += 1
         heapq.heappush(self._later, (due, self._pushed, what))
         self._is_news = True
@@ -304,11 +314,12 @@ class Pump(ABC, Generic[T_Item, T_Call, T_Connection]):
     # -------------------------------------------------------------------------------------------- sending and receiving
 
     def going_now(self, waiting: int) -> int:
-        """Return how many of those that wait go next.
+        """Return how many of the waiting calls are sent next.
 
-        Of many one half: while the other side works on these, the callers before them take their answers, and their
-        next calls go with the rest. All together they would wait for the other side, and it for them. Not if the way
-        there is what takes the time: then the other half would wait for it twice (docs/design/0030-redis.md).
+        Of many calls, one half: while the other side works on it, the previous callers take their answers, and their
+        next calls are sent with the other half. If all were sent together, callers and the other side would take turns
+        waiting. Not if the network takes most of the time: then the other half would wait for it twice
+        (docs/design/0030-redis.md).
         """
         if waiting < _MANY or self._trip_s > waiting * _PACE_S:
             return waiting
@@ -337,7 +348,7 @@ class Pump(ABC, Generic[T_Item, T_Call, T_Connection]):
                 self._is_news = True
 
     def _hand_out(self) -> None:
-        """Tell callers that their calls have ended, each event loop being woken one time only."""
+        """Tell callers that their calls have ended. Wakes each event loop only once."""
         if not self.over:
             return
         over, self.over = self.over, []
@@ -356,12 +367,12 @@ class Pump(ABC, Generic[T_Item, T_Call, T_Connection]):
                 self.log.exception("answers from %s could not be delivered", self.peer)
 
     def _refuse_waiting(self, error: ScopestateError, after_s: float) -> None:
-        """Refuse what has waited that long."""
+        """Refuse items that have waited at least this long."""
         now = self._clock()
         waiting = list(self._ready)
         self._ready.clear()
         for item in waiting:
-            if item.since + after_s - now > 0:  # as `due_in` computes it, or it might call for this without end
+            if item.since + after_s - now > 0:  # computed as in `due_in`, or it might ask for this without end
                 self._ready.append(item)
             else:
                 self._refuse(item, error)
@@ -378,13 +389,13 @@ class Pump(ABC, Generic[T_Item, T_Call, T_Connection]):
         return False
 
     def _drop_idle(self, connection: T_Connection) -> None:
-        """The other side has closed it while nothing used it: nothing was under way, so nothing is lost."""
+        """Drop a connection that the other side has closed while it was idle: no call is lost."""
         self.log.info("%s at %s had closed an idle connection", self.peer, self._target.address)
         connection.close()
         self._connection = None
 
     def _reconnected(self) -> T_Connection | None:
-        """Connect; if that fails, refuse what has waited long enough and note when to try again."""
+        """Connect; if that fails, refuse the items that have waited long enough, and record when to try again."""
         self._leaving = False
         self._trip_s = float("inf")
         connection, self._connection = self._connection, None
@@ -402,7 +413,7 @@ class Pump(ABC, Generic[T_Item, T_Call, T_Connection]):
                 self._pass_on()
             else:
                 if self._ended:
-                    connection.shut()  # `end` may have come before it was here
+                    connection.shut()  # `end` may have been called before it was set
                 return connection
         refused = NotConnected(f"{self._attempts.why_not}; nothing was sent")
         self._refuse_waiting(refused, self._connect_wait_s)
@@ -416,6 +427,6 @@ class Pump(ABC, Generic[T_Item, T_Call, T_Connection]):
     def _forget(self, connection: T_Connection, error: Broken) -> None:
         self.log.log(self.level, "lost the connection to %s at %s: %s", self.peer, connection.address, error)
         if not self.prompt:
-            connection.shut()  # it wakes the I/O thread, which may wait at it
+            connection.shut()  # this wakes the I/O thread, which may wait for it
         connection.close()
         self._connection, self._unsent = None, b""

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 class Watch:
-    """An event loop that waits for the replies of a connection itself. On the loop's thread, but for `end`.
+    """An event loop that waits for the replies of a connection itself. On the loop's thread, except `end`.
 
     It has a file descriptor of its own for the connection's socket, so that any thread may close the connection while
-    the loop still knows it: the system may give the number of a closed one to another socket at once.
+    the loop still knows it: the system may assign the number of a closed descriptor to another socket at once.
     """
 
     def __init__(
@@ -27,7 +27,7 @@ class Watch:
         self.loop = loop
         self.connection = connection
         self.thread = get_ident()
-        """For the claim."""
+        """The loop's thread, for the claim."""
         self.active = False
         """True while the loop waits for the connection."""
         self._drive = drive
@@ -36,7 +36,7 @@ class Watch:
         self._checks = False
 
     def start(self, timeout_s: float, check: Callable[[Watch], None]) -> None:
-        """Have the loop wait for replies, and call `check(watch)` in `timeout_s` seconds."""
+        """Make the loop wait for replies, and call `check(watch)` in `timeout_s` seconds."""
         if not self.active and self._fd >= 0:
             self.loop.add_reader(self._fd, self._drive, self)
             self.active = True
@@ -44,7 +44,7 @@ class Watch:
             self.check_later(timeout_s, check)
 
     def stop(self) -> None:
-        """Let the loop wait no longer."""
+        """Make the loop stop waiting."""
         if self.active:
             self.active = False
             self.loop.remove_reader(self._fd)
@@ -61,17 +61,17 @@ class Watch:
         self.loop.call_later(timeout_s, self._check, check)
 
     def end(self) -> None:
-        """Let go of the connection. From any thread; idempotent."""
+        """Release the connection. From any thread; idempotent."""
         if get_ident() == self.thread:
             self._close()
             return
         try:
             self.loop.call_soon_threadsafe(self._close)
         except RuntimeError:
-            self._close()  # the loop was closed, and knows no descriptor any more
+            self._close()  # the loop was closed, and has no descriptors any more
 
     def __del__(self) -> None:
-        """The loop has ended before it could let go."""
+        """Close the descriptor if the loop has ended before it could."""
         if self._fd >= 0:
             os.close(self._fd)
 

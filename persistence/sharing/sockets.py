@@ -1,7 +1,7 @@
-"""The socket in a directory, on which its owner serves other processes, and where those find it.
+"""The socket in a directory on which its owner serves other processes, and how they find it.
 
-A Unix socket, `state.sock`. Where the system has no such sockets: 127.0.0.1, with the address and a random token in
-`state.address`. Both have the permissions 0600, in a directory that only its owner may use.
+It is a Unix socket, `state.sock`. On a system without such sockets it is a port of 127.0.0.1, with the address and a
+random token in `state.address`. Both have the permissions 0600, in a directory that only its owner may use.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ADDRESS_FILE: Final = "state.address"
 BACKLOG: Final = 1024
 
 _NEW: Final = ".new"
-"""Appended to the name of what is made: it gets its own name when it is complete. Only the owner makes files here."""
+"""Appended to the name of a file until it is complete. Only the owner makes files here."""
 _ADDRESS_BYTES: Final = 4096
 _UCRED: Final = struct.Struct("3i")
 _XUCRED: Final = struct.Struct("2Ih16I")
@@ -40,10 +40,10 @@ class Listener:
     """The listening socket of the owner of a directory."""
 
     def __init__(self, directory: str) -> None:
-        """Listen in `directory`, of which the caller has the lock. Raises OSError: nothing was left behind."""
+        """Listen in `directory`, whose lock the caller has. Leaves nothing behind if it raises OSError."""
         self._directory = directory
         self.token: str | None = None
-        """What a client must show; None: the system names its user."""
+        """The token that a client must send; None: the system tells its user."""
         _remove(directory, SOCKET_FILE, SOCKET_FILE + _NEW, ADDRESS_FILE, ADDRESS_FILE + _NEW)
         try:
             self.socket = _listen_unix(directory)
@@ -56,7 +56,7 @@ class Listener:
     def refusal(self, accepted: socket.socket) -> str | None:
         """Return why the process at the other end may not connect; None if it may: it is of this user, or of root."""
         if self.token is not None:
-            return None  # it must show the token
+            return None  # it must send the token
         try:
             user = peer_user(accepted)
         except OSError as error:
@@ -71,8 +71,8 @@ class Listener:
     def abandon(self) -> None:
         """In a forked child: leave the socket to the parent.
 
-        As long as a copy of it is open, connections are accepted by it and never answered. Its number is kept in use:
-        the parent's objects, which are here too, would close another file that has got it.
+        As long as a copy of it is open, it accepts connections that are never answered. Its number stays in use: the
+        parent's objects also exist here, and would close another file that got the number.
         """
         replace_by_nothing(self.socket.fileno())
 
@@ -129,7 +129,7 @@ def peer_user(connected: socket.socket) -> int | None:
 
 
 def replace_by_nothing(descriptor: int) -> None:
-    """Have a descriptor name `/dev/null` instead of what it names."""
+    """Make a descriptor refer to `/dev/null` instead of its file."""
     if descriptor < 0:
         return
     with contextlib.suppress(OSError):
