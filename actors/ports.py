@@ -193,6 +193,10 @@ class Store(ABC):
         than once; the later change is the newer one.
         """
 
+    def keys_written(self) -> int:
+        """Return how many keys the running or last save has written so far; 0 if that is not known."""
+        return 0
+
     def problem(self) -> str | None:
         """Return what is wrong with the store, in words; None if all is well."""
         return None

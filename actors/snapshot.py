@@ -160,6 +160,8 @@ class SnapshotActor(TurnActor):
         self.unsavable: dict[tuple[str, str], str] = {}
         """(scope, key) -> why the store cannot hold its value, which is in memory only."""
         self.saves = self.saved_keys = self.failed_saves = 0
+        self.saving_keys = 0
+        """Keys of the save that is running; 0: none is."""
         self.last_save_s = 0.0
         """Duration of the last successful save in seconds."""
 
@@ -556,6 +558,7 @@ class SnapshotActor(TurnActor):
             settled, journal.given = journal.settled, feed.position
             if all_taken or not self._backlog:
                 journal.settled = max(feed.settled(batches), settled)
+        keys = self.saving_keys = sum(len(change.entries) for change in changes)
         try:
             if consumers:
                 store.save(changes, consumers)
@@ -580,10 +583,12 @@ class SnapshotActor(TurnActor):
                 log.error("saving failed, the data stays in memory and is saved later: %s", error)  # noqa: TRY400 - the text says it all
             self.failing = error
             raise error from (None if error is problem else problem)
+        finally:
+            self.saving_keys = 0
         if consumers and self.consumers is not None:
             self.consumers.saved()
         self.saves += 1
-        self.saved_keys += sum(len(change.entries) for change in changes)
+        self.saved_keys += keys
         self._note_success()
 
     def _note_success(self) -> None:

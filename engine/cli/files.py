@@ -10,13 +10,16 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import IO
+from typing import IO, Final
 
+from scopestate.cli.progress import progress, size
 from scopestate.cli.terminal import ReaderGone, standard_output
 from scopestate.errors import DeserializationError, StorageError
 from scopestate.paths import expand_home
 from scopestate.persistence.sqlite.reading import StoreReader
 from scopestate.transfer import KeyLine, Reader, read_lines
+
+_TOLD_BYTES: Final = 256 * 1024
 
 
 class Output:
@@ -165,14 +168,22 @@ class Source:
         self._stream = stream
         self._name = name
 
-    def count_keys(self, check: Callable[[KeyLine], object] = bool) -> int:
+    def size(self) -> int:
+        """Return its size in bytes. Raises StorageError if it cannot be read."""
+        try:
+            return self._stream.seek(0, os.SEEK_END)
+        except OSError as error:
+            raise _unreadable(self._name, error) from error
+
+    def count_keys(self, check: Callable[[KeyLine], object] = bool, advance: Callable[[int], object] = bool) -> int:
         """Read the whole file and return its number of keys. Raises StorageError if it is not an export.
 
-        Each key is given to `check`, which may refuse it.
+        Each key is given to `check`, which may refuse it. `advance(bytes)` is called from time to time, with what was
+        read so far.
         """
         keys = 0
         try:
-            for item in read_lines(self.lines()):
+            for item in read_lines(_counted(self.lines(), advance)):
                 if isinstance(item, KeyLine):
                     keys += 1
                     check(item)
@@ -187,6 +198,18 @@ class Source:
             yield from self._stream
         except OSError as error:
             raise _unreadable(self._name, error) from error
+
+
+def _counted(lines: Iterator[bytes], advance: Callable[[int], object]) -> Iterator[bytes]:
+    """Yield the lines, and tell `advance` how many bytes they have."""
+    done = told = 0
+    for line in lines:
+        yield line
+        done += len(line)
+        if done - told >= _TOLD_BYTES:
+            advance(done)
+            told = done
+    advance(done)
 
 
 @contextmanager
@@ -216,14 +239,18 @@ def _temporary(source: str) -> IO[bytes]:
 
 def _copied(stream: IO[bytes], source: str, copy: IO[bytes]) -> IO[bytes]:
     """Copy a source that can be read only once. A failure of the temporary file is reported as such."""
-    while piece := stream.read(shutil.COPY_BUFSIZE):  # type: ignore[attr-defined]  # missing in typeshed
-        try:
-            copy.write(piece)
-            copy.flush()
-        except OSError as error:
-            with suppress(OSError):
-                copy.close()  # it cannot write what is left in its buffer
-            raise _uncopied(source, error) from error
+    done = 0
+    with progress(f"reading {_named(source)}", None, size) as advance:
+        while piece := stream.read(shutil.COPY_BUFSIZE):  # type: ignore[attr-defined]  # missing in typeshed
+            try:
+                copy.write(piece)
+                copy.flush()
+            except OSError as error:
+                with suppress(OSError):
+                    copy.close()  # it cannot write what is left in its buffer
+                raise _uncopied(source, error) from error
+            done += len(piece)
+            advance(done)
     copy.seek(0)
     return copy
 

@@ -8,10 +8,10 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Final, Literal, Protocol
 
 import typer
 
@@ -23,6 +23,9 @@ from scopestate.signals import SignalPipe
 if TYPE_CHECKING:
     from scopestate.config import Config
     from scopestate.server.server import Server
+
+_CLEARED: Final = "\r\x1b[K\x1b[?25h"
+"""For a terminal: the line is cleared, the cursor is visible."""
 
 _LISTEN_HINTS = {
     errno.EADDRINUSE: "; is another engine running there? `--port 0` takes any free port",
@@ -56,6 +59,7 @@ def serve(
     signals, screen = _Signals(), _screen()
     with _logs_to(screen.log_handler(), log_level), errors_to_exit_codes(as_json=as_json), signals.caught():
         server = Server.from_config(config, host=host, port=port, handle_sigterm=False)
+        signals.last_words = _ended_at_once(server)
         try:
             try:
                 server.start()
@@ -64,9 +68,11 @@ def serve(
                 raise ConfigError(f"{error.strerror or error}{hint}") from error
             _announce(server, screen, as_json=as_json)
             screen.wait(server, signals.came)
-            screen.say(f"stopping: events are delivered{', then everything is saved' if _keeps(server) else ''}")
+            saved = ", then everything is saved" if _keeps(server) else ""
+            screen.say(f"stopping: events are delivered{saved}; a second signal ends it at once")
         finally:
-            server.stop()
+            with screen.stopping(server):
+                server.stop()
         screen.say("stopped, everything is saved" if _keeps(server) else "stopped")
 
 
@@ -84,6 +90,9 @@ class Screen(Protocol):
 
     def wait(self, server: Server, came: Callable[[float | None], bool]) -> None:
         """Return when a signal has come; `came` waits for one, for some seconds."""
+
+    def stopping(self, server: Server) -> AbstractContextManager[object]:
+        """Show what the stopping server still has to do while the block runs."""
 
 
 class Lines:
@@ -111,6 +120,10 @@ class Lines:
         while not came(None):
             pass
 
+    def stopping(self, server: Server) -> AbstractContextManager[object]:
+        """Print nothing."""
+        return nullcontext()
+
 
 def _screen() -> Screen:
     if sys.stderr is None or not (
@@ -128,6 +141,8 @@ class _Signals:
     def __init__(self) -> None:
         self._pipe = SignalPipe()
         self._count = 0
+        self.last_words = ""
+        """What to print if a second signal ends the program."""
 
     @contextmanager
     def caught(self) -> Iterator[None]:
@@ -153,7 +168,15 @@ class _Signals:
     def _take(self, number: int, frame: FrameType | None) -> None:
         self._count += 1
         if self._count > 1:
+            # Not through rich, whose lock the interrupted code may hold. It has hidden the cursor of a terminal.
+            with suppress(OSError):
+                os.write(2, f"{_CLEARED if os.isatty(2) else ''}{self.last_words}\n".encode())
             os._exit(128 + number)
+
+
+def _ended_at_once(server: Server) -> str:
+    saved = " and changes that were not saved" if _keeps(server) else ""
+    return f"ended at once by a second signal: events that were not delivered{saved} may be lost"
 
 
 def _announce(server: Server, screen: Screen, *, as_json: bool) -> None:

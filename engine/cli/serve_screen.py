@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.live import Live
@@ -13,8 +14,11 @@ from rich.logging import RichHandler
 from rich.table import Table
 from rich.text import Text
 
+from scopestate.cli.people import many
+from scopestate.cli.progress import REFRESHES_PER_S, keys
 from scopestate.cli.serve import Lines, SafeFormatter
 from scopestate.cli.terminal import shown, standard_error
+from scopestate.engine import Engine
 from scopestate.server.server import Server
 
 REFRESH_S = 1.0
@@ -59,6 +63,32 @@ class TerminalScreen:
                 if came(REFRESH_S):
                     return
 
+    @contextmanager
+    def stopping(self, server: Server) -> Iterator[None]:
+        """Show what the stopping server still has to do while the block runs."""
+        if not self._console.is_terminal:
+            yield
+            return
+        with Live(
+            get_renderable=lambda: Text(stopping_line(server.engine), style="dim", no_wrap=True, overflow="ellipsis"),
+            console=self._console,
+            refresh_per_second=REFRESHES_PER_S,
+            transient=True,
+        ):
+            yield
+
+
+def stopping_line(engine: Engine) -> str:
+    """Return what an engine that is being closed still has to do, for people. From any thread."""
+    parts = engine._parts
+    store, snapshot = parts.backend.store, parts.snapshot
+    if store is not None and (total := snapshot.saving_keys):
+        return f"saving {keys(min(store.keys_written(), total), total)}"
+    handlers = parts.router.triggers.working()
+    if events := sum(handler.waiting() + len(handler.under_way()) for handler in handlers):
+        return f"delivering {many(events, 'event')}"
+    return "" if store is None else "saving"
+
 
 class StatusLine:
     """The status line of a server: `up 0:02:10 | 3 workers | 1,200 calls/s | ...`, with problems first.
@@ -83,15 +113,15 @@ class StatusLine:
         minutes, seconds = divmod(int(now - self._began), 60)
         parts = [
             f"up {minutes // 60}:{minutes % 60:02}:{seconds:02}",
-            f"{status.workers} workers",
+            many(status.workers, "worker"),
             f"{rate:,.0f} calls/s",
             *([f"{of_workers:,.0f} calls/s of workers"] if of_workers else ()),
-            f"{status.functions} functions",
-            f"{status.triggers} triggers",
-            f"{stats.scopes:,} scopes, {stats.keys:,} keys in memory",
+            many(status.functions, "function"),
+            many(status.triggers, "trigger"),
+            f"{many(stats.scopes, 'scope')}, {many(stats.keys, 'key')} in memory",
         ]
         if stats.unsaved_scopes:
-            parts.append(f"{stats.unsaved_scopes} scopes to save")
+            parts.append(f"{many(stats.unsaved_scopes, 'scope')} to save")
         line = Text(no_wrap=True, overflow="ellipsis")
         problems = self._server.engine.health().problems
         if problems:

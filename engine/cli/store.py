@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import os
 import re
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from types import FrameType
 from typing import Annotated, Final
 
 import msgspec
 import typer
 from rich.filesize import decimal
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from scopestate.cli.client import CaFile, Token, with_client
 from scopestate.cli.files import output, source_of
 from scopestate.cli.people import ExactTimes, many, moment, number
+from scopestate.cli.progress import Advance, ended_by_signals, percent, progress, run_beside, said_if_interrupted, size
 from scopestate.cli.rules import ConfigFile, Found, Migration, Rules, names_config, rules_for
 from scopestate.cli.terminal import (
     AsJson,
@@ -40,6 +37,7 @@ from scopestate.persistence.redis.options import without_credentials
 from scopestate.persistence.sqlite.adapter import FileAdapter
 from scopestate.persistence.sqlite.reading import StoreFacts, StoreReader
 from scopestate.transfer import (
+    BATCH_KEYS,
     Imported,
     Reader,
     SharedReader,
@@ -138,18 +136,23 @@ def verify(where: Where, config: ConfigFile = None, as_json: AsJson = False) -> 
 
     With a configuration file, values that do not fit the types and schemas of its rules are problems too.
     """
-    with errors_to_exit_codes(as_json=as_json):
+    with (
+        errors_to_exit_codes(as_json=as_json),
+        ended_by_signals(),
+        said_if_interrupted("the check has not ended; nothing was changed"),
+    ):
         _verify(where, rules_for(where, config), as_json=as_json)
 
 
 def _verify(where: str, rules: Rules, *, as_json: bool) -> None:
     misfits = Found()
     with _reader(where) as reader:
-        problems = reader.problems()
+        steps = reader.steps_to_check()
+        with progress("checking the database", steps, percent) as advance:
+            problems = run_beside(lambda: reader.problems(advance), reader.interrupt)
+            advance(steps)
         if not problems and rules:
-            for scope in reader.scopes():
-                for key, entry in reader.entries(scope) if rules.of(scope) is not None else ():
-                    misfits.check(rules, scope, key, entry.json)
+            _check_values(reader, rules, misfits)
     ok = not (problems or misfits.count)
     if as_json:
         out(json_of({"ok": ok, "problems": problems, **(misfits.facts() if rules else {})}))
@@ -160,6 +163,20 @@ def _verify(where: str, rules: Rules, *, as_json: bool) -> None:
         out(shown(f"{reader.directory}: {many(count, 'problem') if count else 'ok'}"))
     if not ok:
         raise typer.Exit(Exit.STORE)
+
+
+def _check_values(reader: StoreReader, rules: Rules, misfits: Found) -> None:
+    """Check the values of each scope that has a rule."""
+    ruled = [one for one in reader.sizes() if rules.of(one.scope) is not None]
+    done = 0
+    with progress("checking values", sum(one.keys for one in ruled)) as advance:
+        for one in ruled:
+            for key, entry in reader.entries(one.scope):
+                misfits.check(rules, one.scope, key, entry.json)
+                done += 1
+                if done % BATCH_KEYS == 0:
+                    advance(done)
+        advance(done)
 
 
 @app.command()
@@ -178,7 +195,7 @@ def migrate(
     and left as they are, with exit code 4. The values are written in steps: if a migration is interrupted, start it
     again, and it continues where it stopped.
     """
-    with errors_to_exit_codes(as_json=as_json), _ended_by_signals():
+    with errors_to_exit_codes(as_json=as_json), ended_by_signals():
         rules = rules_for(where, config)
         if not rules:
             raise ConfigError("no configuration file: name one with --config, whose rules have versions")
@@ -196,7 +213,7 @@ def _migrate(directory: str, migration: Migration, *, as_json: bool) -> None:
             stack.callback(store.close)
         reader = stack.enter_context(StoreReader(directory))
         total = sum(one.keys for one in reader.sizes() if migration.concerns(one.scope))
-        advance = stack.enter_context(_progress("migrating", total))
+        advance = stack.enter_context(progress("migrating", total))
         try:
             migration.run(reader, store, advance)
         except BaseException:
@@ -229,7 +246,7 @@ def export(
     A directory is exported as of one moment. From Redis, or through a running engine (ws://...), each scope is, but
     the scopes are read one after another. The file gets its name at the end, when it is complete.
     """
-    with errors_to_exit_codes(as_json=as_json), _ended_by_signals(), ExitStack() as stack:
+    with errors_to_exit_codes(as_json=as_json), ended_by_signals(), ExitStack() as stack:
         reader: Reader
         total: int | None = None
         if _is_elsewhere(where):
@@ -240,7 +257,7 @@ def export(
             reader = stack.enter_context(_reader(where))
             total = sum(one.keys for one in reader.sizes())
         written = stack.enter_context(output(to, reader))
-        with _progress("exporting", total) as advance:
+        with progress("exporting", total) as advance:
             for line in export_lines(reader, advance):
                 written.write(line)
         stack.close()  # gives the file its name
@@ -274,13 +291,14 @@ def import_(
     imported = _Imported(_shown(target))
     with (
         errors_to_exit_codes(as_json=as_json),
-        _ended_by_signals(),
-        _said_if_interrupted(imported),
+        ended_by_signals(),
+        said_if_interrupted(imported),
         ExitStack() as stack,
     ):
         file = stack.enter_context(source_of(source))
         rules = rules_for(target, config)
-        total = file.count_keys(rules.check if rules else bool)
+        with progress("checking the file", file.size(), size) as advance:
+            total = file.count_keys(rules.check if rules else bool, advance)
         store = _open_target(target, token, ca_file)
         stack.callback(store.close)
         if not merge and store.scopes():
@@ -291,7 +309,7 @@ def import_(
         if not whole and not as_json:
             begins = f"importing {many(total, 'key')} to {_shown(target)}"
             standard_error().print(shown(f"{begins}; if this is interrupted, repeat it with --merge"), markup=False)
-        with _progress("importing", total) as advance, _said_if_it_fails(imported):
+        with progress("importing", total) as advance, _said_if_it_fails(imported):
             imported.begin(advance, total, whole=whole)
             if isinstance(store, FileAdapter):
                 done = import_whole(file.lines(), store, advance)
@@ -323,13 +341,13 @@ class _Imported:
 
     def __init__(self, target: str) -> None:
         self._target = target
-        self._advance: _Advance | None = None
+        self._advance: Advance | None = None
         """None before writing begins."""
         self._total = 0
         self._whole = True
         self._ended: int | None = None
 
-    def begin(self, advance: _Advance, total: int, *, whole: bool) -> None:
+    def begin(self, advance: Advance, total: int, *, whole: bool) -> None:
         """Note that writing begins. `whole`: in one transaction."""
         self._advance, self._total, self._whole = advance, total, whole
 
@@ -358,36 +376,6 @@ def _said_if_it_fails(imported: _Imported) -> Iterator[None]:
         raise StorageError(
             f"{error} (the file has changed since it was checked); {imported}", code=error.code
         ) from error
-
-
-@contextmanager
-def _said_if_interrupted(imported: _Imported) -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        standard_error().print(shown(f"interrupted: {imported}"), markup=False)
-        raise
-
-
-@contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end the command as Ctrl-C does, including cleaning up."""
-
-    def end(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    if threading.current_thread() is not threading.main_thread():
-        numbers = []
-    # An ignored signal, such as SIGHUP under nohup, stays ignored.
-    before = {number: signal.getsignal(number) for number in numbers if signal.getsignal(number) is signal.SIG_DFL}
-    try:
-        for number in before:
-            signal.signal(number, end)
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # ------------------------------------------------------------------------------------------------------------ places
@@ -472,33 +460,6 @@ def _refuse_if_away(bridge: BridgeOptions) -> None:
     if not bridge.tls_verify:
         return  # the commands have no such option
     with_client(bridge.bridge_url, bridge.token, Client.wait_connected, as_json=False, ca_file=bridge.tls_ca_file)
-
-
-class _Advance:
-    """Counts the keys done, and moves the progress bar if there is one."""
-
-    def __init__(self, bar: Progress | None, total: int | None, doing: str) -> None:
-        self.done = 0
-        self._bar = bar
-        self._task = bar.add_task(doing, total=total) if bar is not None else None
-
-    def __call__(self, done: int) -> None:
-        self.done = done
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=done)
-
-
-@contextmanager
-def _progress(doing: str, total: int | None) -> Iterator[_Advance]:
-    """Show a bar on standard error, if that is a terminal."""
-    console = standard_error()
-    if not console.is_terminal:
-        yield _Advance(None, total, doing)
-        return
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
-    ) as bar:
-        yield _Advance(bar, total, doing)
 
 
 def _report(what: str, keys: int, place: str, remark: str = "", *, as_json: bool) -> None:

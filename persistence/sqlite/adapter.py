@@ -186,6 +186,10 @@ class FileAdapter(Store):
         self._check_place(doing)
         return result
 
+    def keys_written(self) -> int:
+        """Return how many keys the running or last save has written so far."""
+        return self._rows.keys_written
+
     def size_bytes(self) -> int:
         """Return the size of the database on the disk in bytes, its write-ahead log included."""
         total = 0

@@ -6,11 +6,11 @@ import os
 import shutil
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from tempfile import TemporaryDirectory
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
 import msgspec
 
@@ -34,6 +34,10 @@ from scopestate.persistence.sqlite.schema import (
     probe,
     version_of,
 )
+
+_STEPS_OF_A_ROW: Final = 85
+"""Measured with SQLite 3.40, 2,000 to 200,000 rows of 50 to 1,000 bytes."""
+_STEPS_TOLD: Final = 20_000
 
 
 class ScopeSize(msgspec.Struct, frozen=True):
@@ -104,6 +108,7 @@ class StoreReader:
         self._resources = ExitStack()
         self._unchanged: tuple[int, ...] | None = None
         """Identifies the content of a database that is read without locks; None otherwise."""
+        self._interrupted = False
         try:
             with self._translated("open the database"):
                 uri = self._uri()
@@ -195,10 +200,33 @@ class StoreReader:
                 continue
         return False
 
-    def problems(self) -> list[str]:
-        """Read the whole database and return its problems as text; empty if it is sound."""
+    def steps_to_check(self) -> int:
+        """Return about how many steps `problems` takes: instructions of SQLite."""
+        with self._translated("count the rows"):
+            counted = "(SELECT count(*) FROM {})".format
+            rows = " + ".join(map(counted, ("state", "journal", "answers", "dead_letters", "deliveries")))
+            return _STEPS_OF_A_ROW * number(self._connection, f"SELECT {rows}")
+
+    def problems(self, progress: Callable[[int], object] = bool) -> list[str]:
+        """Read the whole database and return its problems as text; empty if it is sound.
+
+        `progress(steps)` is called from time to time, on this thread. Raises StorageError if another thread has called
+        `interrupt`.
+        """
+        steps = 0
+
+        def step() -> bool:
+            nonlocal steps
+            steps += _STEPS_TOLD
+            progress(steps)
+            return self._interrupted  # True ends the statement
+
         with self._translated("check the database"):
-            problems = find_problems(self._connection)
+            self._connection.set_progress_handler(step, _STEPS_TOLD)
+            try:
+                problems = find_problems(self._connection)
+            finally:
+                self._connection.set_progress_handler(None, 0)
             if self._original is not self._connection:
                 found = self._original.execute("PRAGMA integrity_check(100)").fetchall()
                 problems += [str(text) for (text,) in found if text != "ok"]
@@ -210,6 +238,13 @@ class StoreReader:
                 for copy in find_copies(self.path + "-wal")
             ]
             return problems
+
+    def interrupt(self) -> None:
+        """End a call of `problems` on another thread. From any thread."""
+        self._interrupted = True
+        # Some of the work of an integrity check is one instruction, in which the progress handler is not called.
+        self._connection.interrupt()
+        self._original.interrupt()
 
     def close(self) -> None:
         """Close the file. Idempotent."""

@@ -50,6 +50,10 @@ _NOT_A_PAGE = (*_NOT_JSON, ValueError)
 
 
 class _WriteState(Write):
+    def __init__(self, writer: Writer, connection: sqlite3.Connection) -> None:
+        super().__init__(connection, _STATE, 5)
+        self._writer = writer
+
     def _run(self, text: str, parameters: list[Parameter], rows: int) -> None:
         if self._connection.execute(text, parameters).rowcount != rows:
             keys = [parameter for parameter in parameters[1 :: self._width] if isinstance(parameter, str)]
@@ -57,6 +61,7 @@ class _WriteState(Write):
                 f"a row of the table `state` holds another key than the one that is saved (one of {keys[:3]!r}); was "
                 "the database edited? Nothing was written"
             )
+        self._writer.keys_written += rows
 
 
 # The value is bound as bytes and converted to text by SQLite. Refused: decoding it first, which copies every value once
@@ -118,6 +123,8 @@ class Writer:
         """How many changes it has written into the journal."""
         self.acks: list[ConsumerChange] = []
         """What the changes that it has written acknowledge."""
+        self.keys_written = 0
+        """Keys that the running or last call of `write` has written so far. Any thread may read it."""
 
     def write(
         self, connection: sqlite3.Connection, batch: Iterable[ScopeChange], now_ms: int
@@ -127,7 +134,7 @@ class Writer:
         Raises `UnsavableValue`, which names the key, for a value too large for SQLite, and library errors.
         """
         last: tuple[str, int] | None = None
-        self.logged, self.log_size, self.acks = [], 0, []
+        self.logged, self.log_size, self.acks, self.keys_written = [], 0, [], 0
         changes = iter(batch)
         while some := list(islice(changes, CHUNK_ROWS[0])):
             self._write_some(connection, some)
@@ -148,7 +155,7 @@ class Writer:
     def _write_some(self, connection: sqlite3.Connection, changes: Sequence[ScopeChange]) -> None:
         sizes = {at: sizes_of(change.log) for at, change in enumerate(changes) if change.log}
         self._find(connection, changes, sizes)
-        state = _WriteState(connection, _STATE, 5)
+        state = _WriteState(self, connection)
         deleted = Write(connection, _DELETE, 1)
         emptied: set[tuple[str, int]] = set()
         room = row_room(connection)

@@ -76,7 +76,11 @@ def test_a_second_signal_ends_it_at_once(program: type[Program], tmp_path: Path)
     while "stopping" not in served.error_line():
         continue
 
-    assert served.signal(signal.SIGTERM).code == 128 + signal.SIGTERM
+    ended = served.signal(signal.SIGTERM)
+
+    assert ended.code == 128 + signal.SIGTERM
+    assert "ended at once by a second signal" in ended.err
+    assert "changes that were not saved may be lost" in ended.err
 
 
 def bridge_to(url: str) -> dict[str, Any]:
@@ -226,7 +230,7 @@ def test_the_status_line_counts_by_the_clock(engine: Engine) -> None:
         text = line.text().plain
 
     assert "| 5 calls/s |" in text
-    assert "1 scopes, 1 keys in memory" in text
+    assert "1 scope, 1 key in memory" in text
     assert "up 0:00:02" in text
     assert "to save" not in text
 
@@ -247,7 +251,7 @@ def test_the_status_line_counts_calls_of_workers_once(engine: Engine, cli: Run) 
 def test_the_status_line_says_what_is_not_saved_yet(cli: Run, tmp_path: Path) -> None:
     with Server.from_config(config_file(tmp_path)) as server:
         server.engine.set("s", "k", 1)
-        assert "1 scopes to save" in StatusLine(server).text().plain
+        assert "1 scope to save" in StatusLine(server).text().plain
 
 
 @pytest.mark.parametrize(
