@@ -75,7 +75,16 @@ def _llms() -> str:
     """Return llms.txt: each page of docs/index.md with its subject, for programs that read the documentation."""
     config = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     parts = re.split(r"^## (.+)$", (DOCS / "index.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
-    lines = [f"# {config['site_name']}", "", f"> {config['site_description']}", "", "## Tutorial", ""]
+    lines = [
+        f"# {config['site_name']}",
+        "",
+        f"> {config['site_description']}",
+        "",
+        "All pages in one file: [llms-full.txt](llms-full.txt)",
+        "",
+        "## Tutorial",
+        "",
+    ]
     lines += [
         f"- [{_title(page)}]({page.relative_to(DOCS).with_suffix('.html')})"
         for page in sorted((DOCS / "tutorial").glob("*.md"))
@@ -88,6 +97,17 @@ def _llms() -> str:
             if not link.startswith("..")
         ]
     return "\n".join(lines) + "\n"
+
+
+def _llms_full(pages: Path, tree: list[dict[str, Any]]) -> str:
+    """Return llms-full.txt: the text of every page but the design decisions, in the order of the navigation."""
+    places: list[str] = []
+    for part in tree:
+        for heading, inner in part.items():
+            if heading != "Design":
+                places += [inner] if isinstance(inner, str) else [place for row in inner for place in row.values()]
+    texts = [(place, (pages / place).read_text(encoding="utf-8").strip()) for place in places]
+    return "\n\n".join(f"<!-- {place.removesuffix('.md')}.html -->\n\n{text}" for place, text in texts) + "\n"
 
 
 def build(folder: Path) -> Path:
@@ -105,11 +125,13 @@ def build(folder: Path) -> Path:
     designs = "\n".join(f"- [{_title(page)}]({page.name})" for page in sorted((DOCS / "design").glob("*.md")))
     (pages / "design" / "index.md").write_text(f"# Design decisions\n\n{designs}\n", encoding="utf-8")
     config = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
-    config |= {"docs_dir": "pages", "site_dir": "site", "nav": navigation()}
+    tree = navigation()
+    config |= {"docs_dir": "pages", "site_dir": "site", "nav": tree}
     (folder / "mkdocs.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     program = Path(sys.executable).parent / "zensical"
     subprocess.run([program, "build", "--strict", "--config-file", folder / "mkdocs.yml"], check=True)  # noqa: S603 - ours
     (folder / "site" / "llms.txt").write_text(_llms(), encoding="utf-8")
+    (folder / "site" / "llms-full.txt").write_text(_llms_full(pages, tree), encoding="utf-8")
     return folder / "site"
 
 

@@ -12,14 +12,23 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from scopestate.ops.consumer_functions import CONSUMER_FUNCTIONS
+from scopestate import Engine
 from scopestate.ops.functions import BUILT_IN
 from scopestate.ops.triggers import Trigger
+from scopestate.server import Server
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE / "server")]
 
 
+ENGINE_FUNCTIONS_OF_III = {
+    "engine::channels::create",
+    "engine::functions::list",
+    "engine::trigger-types::list",
+    "engine::triggers::list",
+    "engine::workers::list",
+    "engine::workers::register",
+}
 PLACES = {
     "in memory, and in a directory": "engine/test_conformance.py",
     "in a follower of a shared directory": "sharing/test_as_the_owner.py",
@@ -87,11 +96,15 @@ def sdks() -> str:
 
 def added() -> str:
     """Return what is not iii's, as lists of names."""
-    theirs = {entry["name"] for entry in _load("catalogue.json")["functions"]}
+    theirs = {entry["name"] for entry in _load("catalogue.json")["functions"]} | ENGINE_FUNCTIONS_OF_III
+    with Engine() as engine, Server(engine, port=0) as server:
+        hub = server._hub
+        assert hub is not None
+        offered = {*hub._state, *hub._engine_functions.by_id} - theirs
     fields = {field for case in _load("scenarios.json")["trigger_cases"] for field in case["config"]}
     ours: Mapping[str, Iterable[str]] = {
-        "state functions": BUILT_IN.keys() - theirs,
-        "engine functions": [row.function_id for row in CONSUMER_FUNCTIONS],
+        "state functions": [name for name in offered if name.startswith("state::")],
+        "engine functions": [name for name in offered if name.startswith("engine::")],
         "trigger fields": set(Trigger.json_fields) - fields,
     }
     return _table(

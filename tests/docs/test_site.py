@@ -110,3 +110,14 @@ def test_llms_txt_lists_the_pages_and_each_is_there(site: Path) -> None:
 
     assert len(listed) >= 40
     assert [link for link in listed if not (site / link).is_file()] == []
+
+
+def test_llms_full_txt_has_the_text_of_each_page_that_llms_txt_lists(site: Path) -> None:
+    listed = re.findall(r"^- \[[^\]]+\]\(([^)]+)\)", (site / "llms.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    parts = re.split(r"^<!-- (\S+) -->$", (site / "llms-full.txt").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    texts = dict(zip(parts[1::2], parts[2::2], strict=True))
+
+    assert len(listed) >= 40
+    assert [link for link in listed if link not in texts and not link.startswith("design")] == []
+    for link, text in texts.items():
+        assert text.lstrip().startswith("# "), link
