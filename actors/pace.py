@@ -32,9 +32,14 @@ class Pace:
             self._per_s, self.ended, self._since_s = self.ended / passed_s, 0, now_s
         return int(max(self._per_s * _AHEAD_S, self.ended if passed_s < _AHEAD_S else 0))
 
-    def room(self, trigger: Trigger) -> int:
-        """Return how many events the engine may hold, not counting those that wait for another attempt."""
+    def room(self, trigger: Trigger, held: int, lanes: int) -> int:
+        """Return how many more events the engine may hold.
+
+        `held`: how many it holds, without those that wait for another attempt; `lanes`: how many lanes these are in.
+        It may have as many lanes as it handles side by side, and as many more as it ends while it asks for the next
+        ones: what a slow handler could not begin is left to another engine.
+        """
         at_once = trigger.concurrency * (trigger.batch or 1)
         if trigger.debounce is not None:
             at_once = max(at_once, MOST_AHEAD)  # each key is debounced separately, and debounced events are held
-        return min(2 * at_once + self.ahead(), MOST_AHEAD + at_once)
+        return min(at_once + min(self.ahead(), MOST_AHEAD) - lanes, at_once + MOST_AHEAD - held)

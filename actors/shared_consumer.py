@@ -131,6 +131,8 @@ class Holder:
         self.holds: dict[int, Hold] = {}
         self.active = 0
         """How many of its events are in lanes that do not wait for another attempt."""
+        self.lanes = 0
+        """How many such lanes these are: those that it can handle side by side."""
         self.given: deque[Held] = deque()
         """Events that it gets before any others: replayed ones that hold back their lanes, and those left over."""
         self.pace = Pace(monotonic)
@@ -143,7 +145,7 @@ class Holder:
 
     def room(self) -> int:
         """Return how many more events it may hold."""
-        return self.pace.room(self.trigger) - self.active
+        return self.pace.room(self.trigger, self.active, self.lanes)
 
 
 class Hold:
@@ -191,9 +193,13 @@ class _Lane:
 
     def add(self, holder: Holder, by: int) -> None:
         """Count an event that an engine holds, or no longer holds."""
-        count = self.holders.pop(holder, 0) + by
+        before = self.holders.pop(holder, 0)
+        count = before + by
         if count:
             self.holders[holder] = count
+        if not self.waits:
+            holder.active += by
+            holder.lanes += bool(count) - bool(before)
 
 
 class SharedConsumer:
@@ -449,7 +455,7 @@ class SharedConsumer:
             (item for lane in self._lanes.values() for item in lane.parked.values()), key=lambda one: one.event.position
         )
         for holder in self._holders.values():
-            holder.active = 0
+            holder.active = holder.lanes = 0
         self._lanes, self._ready, self._holds, self._parked, self._parked_bytes = {}, {}, {}, 0, 0
         for hold in holds:
             waits, hold.waits = hold.waits, False
@@ -465,14 +471,14 @@ class SharedConsumer:
         """Return the next events for an engine, [] if there are none for it now. Raises StorageError."""
         if holder is None or self._source.paused() is not None:
             return []
-        found, room = self._guard.run(self._give, holder, most)
+        found, more = self._guard.run(self._give, holder, most)
         try:
-            while len(found) < room and self._may_read():
+            while more > 0 and self._may_read():
                 with self._source.reading:
-                    read = self._source.read(room - len(found))
+                    read = self._source.read(more)
                     if not read:
                         break
-                    mine, room = self._guard.run(self._sort, holder, read, room)
+                    mine, more = self._guard.run(self._sort, holder, read, most - len(found))
                     found += mine
         except StorageError:
             self.keep(holder, found)
@@ -495,29 +501,26 @@ class SharedConsumer:
             self._source.end_sharing()
 
     def _give(self, holder: Holder, most: int) -> tuple[list[Held], int]:
-        """Return the parked events that may go to this engine, and how many events it may get in all."""
+        """Return the parked events that go to this engine, and how many more it may get."""
         given = holder.given
         found = [given.popleft() for _ in range(min(most, len(given)))]
-        room = min(most, max(holder.room(), 0) + len(found)) if not holder.stands_by else 0
-        if self._holders.get(holder.name) is not holder:
+        if self._holders.get(holder.name) is not holder or holder.stands_by:
             return found, 0
-        for name in list(islice(self._ready, max(room - len(found), 0))):
+        while (more := min(holder.room(), most - len(found))) > 0 and self._ready:
+            name = next(iter(self._ready))
             lane = self._lanes[name]
-            taken = list(islice(lane.parked.values(), room - len(found)))
-            if not taken:
-                break
             del self._ready[name]
-            for item in taken:
+            for item in list(islice(lane.parked.values(), more)):
                 del lane.parked[item.event.position]
                 self._count_parked(item, -1)
                 self._put(Hold(item, holder, lane))
                 found.append(item)
                 if item.due_ms > self._now_ms() or item.blocked:
                     self._set_waits(self._holds[item.event.position], waits=True)
-        return found, room
+        return found, more
 
-    def _sort(self, holder: Holder, items: Iterable[Held], room: int) -> tuple[list[Held], int]:
-        """Return those of these events that go to this engine, and park the others."""
+    def _sort(self, holder: Holder, items: Iterable[Held], most: int) -> tuple[list[Held], int]:
+        """Return those of these events that go to this engine, and how many more it may get. The others are parked."""
         found = []
         gone = self._holders.get(holder.name) is not holder or holder.stands_by
         for item in items:
@@ -529,7 +532,6 @@ class SharedConsumer:
                 self._set_waits(hold, waits=item.blocked)
                 if hold.holder is holder:
                     found.append(item)
-                    room += 1
                 else:
                     hold.holder.given.append(item)
                     hold.holder.wake()
@@ -544,7 +546,7 @@ class SharedConsumer:
                 self._put(hold)
                 self._set_waits(hold, waits=item.blocked or item.due_ms > self._now_ms())
                 found.append(item)
-        return found, 0 if gone else room
+        return found, 0 if gone else min(holder.room(), most - len(found))
 
     def keep(self, holder: Holder, items: Sequence[Held]) -> None:
         """Give these events to the engine with its next fetch, because they were too many for one answer."""
@@ -717,16 +719,12 @@ class SharedConsumer:
         position, lane = hold.item.event.position, hold.lane
         lane.holds[position] = self._holds[position] = hold.holder.holds[position] = hold
         lane.add(hold.holder, 1)
-        if not lane.waits:
-            hold.holder.active += 1
 
     def _drop(self, hold: Hold) -> None:
         position, lane = hold.item.event.position, hold.lane
         self._set_waits(hold, waits=False)
         del lane.holds[position], self._holds[position], hold.holder.holds[position]
         lane.add(hold.holder, -1)
-        if not lane.waits:
-            hold.holder.active -= 1
         self._tidy(lane)
 
     def _tidy(self, lane: _Lane) -> None:
@@ -744,9 +742,6 @@ class SharedConsumer:
         position, before = hold.item.event.position, hold.holder
         del before.holds[position]
         holder.holds[position] = hold
-        if not hold.lane.waits:
-            before.active -= 1
-            holder.active += 1
         hold.lane.add(before, -1)
         hold.lane.add(holder, 1)
         hold.holder = holder
@@ -758,8 +753,10 @@ class SharedConsumer:
         before = lane.waits
         lane.waits += 1 if waits else -1
         if not before or not lane.waits:
-            for one in lane.holds.values():
-                one.holder.active += -1 if waits else 1
+            by = -1 if waits else 1
+            for holder, count in lane.holders.items():
+                holder.active += by * count
+                holder.lanes += by
 
     def _park(self, holds: Sequence[Hold]) -> None:
         """Take these events from the engines that hold them, and park them before the other events of their lanes."""

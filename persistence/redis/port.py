@@ -372,7 +372,12 @@ class RedisPort(ConsumerPort):
         held = len(self._held)
         if late:
             held = sum(_lane_of(member) not in late for member in list(self._held.values()))
-        return self._pace.room(self._trigger) - held
+        room = self._pace.room(self._trigger, held, held)
+        if room <= 0 and held > 1:
+            # Counted only now, because it takes long: many of them may be in few lanes.
+            lanes = {_lane_of(member) for member in list(self._held.values())} - late
+            room = self._pace.room(self._trigger, held, len(lanes))
+        return room
 
     def _note(self, noted: list[tuple[bytes, int]]) -> list[int]:
         """Note attempts, and next to them those that will begin soon. Return the positions of those that are gone."""

@@ -12,6 +12,7 @@ import msgspec
 import pytest
 
 from scopestate.actors.consuming import Held, Outcome, Verdict
+from scopestate.actors.pace import MOST_AHEAD
 from scopestate.actors.shared_consumer import ENDED, HERE, Holder, SharedConsumer
 from scopestate.errors import StorageError, Unsupported
 from scopestate.ops.results import StateEvent
@@ -104,7 +105,7 @@ class Engine:
         self.shared = shared
         self.lost: list[int] = []
         self.woken = 0
-        trigger = Trigger(f"t-{name}", "f", durable="ship", **{"order": "key", "concurrency": 2, **options})
+        trigger = Trigger(f"t-{name}", "f", durable="ship", **{"order": "key", "concurrency": 4, **options})
         self.holder = Holder(name, trigger, since, self._wake, self.lost.extend, lambda: 0.0)
         self.gone = shared.join(self.holder)
 
@@ -158,7 +159,7 @@ def test_the_order_says_what_waits(events: Events, shared: SharedConsumer, order
     assert two.fetch() == ([] if given else [3, 4, 5, 6])
 
 
-def test_an_engine_is_given_twice_what_it_handles_side_by_side(events: Events, shared: SharedConsumer) -> None:
+def test_an_engine_is_given_what_it_handles_side_by_side(events: Events, shared: SharedConsumer) -> None:
     one, two = Engine(shared, "one"), Engine(shared, "two")
     events.put(*"abcdefgh")
     assert one.fetch() == [1, 2, 3, 4]
@@ -167,6 +168,44 @@ def test_an_engine_is_given_twice_what_it_handles_side_by_side(events: Events, s
     one.end(1, verdict="retry", attempts=1, due_ms=2_000_000)
     events.put("i", "j")
     assert one.fetch() == [9, 10]  # what waits takes no room, and what has just ended makes some
+
+
+def test_what_waits_for_its_lane_takes_no_room(events: Events, shared: SharedConsumer) -> None:
+    one, two = (Engine(shared, name, order="scope", concurrency=2) for name in ("one", "two"))
+    events.put(*"abcdef")
+    events.put("a", order="others")
+    events.put("a", order="more")
+    assert one.fetch() == [1, 2, 3, 4, 5, 6, 7]
+    assert two.fetch() == [8]
+    one.end(7)
+    events.put("b", order="others")
+    assert one.fetch() == [9]
+
+
+def test_what_an_engine_holds_is_bounded_within_its_lanes_too(events: Events, shared: SharedConsumer) -> None:
+    one = Engine(shared, "one", order="scope", concurrency=2)
+    events.put(*map(str, range(1000)))
+    assert len(one.fetch(1000)) == MOST_AHEAD + 2
+    assert one.fetch(1000) == []
+
+
+def test_what_follows_in_a_lane_is_given_to_its_engine_while_another_may_have_room(
+    events: Events, shared: SharedConsumer
+) -> None:
+    one, two = (Engine(shared, name, order="scope", concurrency=2) for name in ("one", "two"))
+    events.put("a", "b")
+    assert one.fetch() == [1, 2]
+    events.put("c")
+    events.put("a", order="others")
+    assert two.fetch() == [4]
+    one.end(1, 2)
+    assert two.fetch() == [3]
+    two.end(3, verdict="retry", attempts=1)
+    assert (two.holder.lanes, two.holder.active) == (1, 1)
+    two.begin(3, attempt=2)
+    assert (two.holder.lanes, two.holder.active) == (2, 2)
+    two.end(3, 4)
+    assert (two.holder.lanes, two.holder.active) == (0, 0)
 
 
 def test_a_pause_holds_back_its_key_and_no_other(events: Events, shared: SharedConsumer) -> None:
@@ -351,7 +390,9 @@ def test_another_order_sorts_what_is_there_again(events: Events, shared: SharedC
     two = Engine(shared, "two", since=2, order="trigger", concurrency=1)
     assert two.fetch() == []
     one.end(1)
-    assert two.fetch() == [2, 3]
+    assert two.fetch() == [2]
+    two.end(2)
+    assert two.fetch() == [3]
 
 
 def test_a_letter_that_held_back_its_key_is_given_to_the_engine_that_waits(
@@ -516,6 +557,7 @@ def test_any_history_handles_each_event_once_and_in_order(seed: int) -> None:
             end(name)
     assert sorted(events.over) == sorted(events.known)
     assert not events.open
+    assert {(engine.holder.lanes, engine.holder.active) for engine in engines.values()} == {(0, 0)}
     for key, positions in handled.items():
         assert positions == sorted(positions), key
 
