@@ -181,7 +181,7 @@ class JournalConsumer(ConsumerPort):
                 self.shared = shared
                 if self._owner.expects_claims and self._progress.has_begun:
                     shared.expect_claims()
-                    self._owner.dispatcher.call_later(self._owner.claims_left_s(), shared.end_claims)
+                    self._owner.end_claims_in_time(shared)
                 if handler is not None:
                     try:
                         shared.begin(self.open_items(), self._running())
@@ -602,6 +602,7 @@ class JournalConsumers(Consumers):
         claim_s: float = 0.0,
     ) -> None:
         """`claim_s`: for how many seconds joining engines may claim what was begun in the previous session."""
+        self._claim_s = claim_s
         self._claims_end_s = dispatcher.monotonic() + claim_s
         self.journal = journal
         self.feed = feed
@@ -656,14 +657,28 @@ class JournalConsumers(Consumers):
             self.bound.ask()
         return consumer
 
-    def claims_left_s(self) -> float:
-        """Return for how many more seconds what was begun in the previous session may be claimed."""
-        return max(self._claims_end_s - self.dispatcher.monotonic(), 0.0)
-
     @property
     def expects_claims(self) -> bool:
         """True while engines that handle what was begun in the previous session may join."""
-        return self.claims_left_s() > 0
+        return self._claims_end_s > self.dispatcher.monotonic()
+
+    def await_claims(self, for_s: float | None = None) -> None:
+        """Unless the time for claims is over, let it end `for_s` seconds from now; None: as after opening the store.
+
+        For the server of the followers: an engine can join only when it is ready, and on a busy machine that takes
+        longer than the claims would last. From any thread.
+        """
+        if self.expects_claims:
+            self._claims_end_s = self.dispatcher.monotonic() + (self._claim_s if for_s is None else for_s)
+
+    def end_claims_in_time(self, shared: SharedConsumer) -> None:
+        """Call `shared.end_claims` when the time for claims is over."""
+        left_s = self._claims_end_s - self.dispatcher.monotonic()
+        if left_s <= 0:
+            shared.end_claims()
+        else:
+            # It may end sooner by then, or later.
+            self.dispatcher.call_later(min(left_s, self._claim_s), lambda: self.end_claims_in_time(shared))
 
     def share(self, name: str, trigger: Trigger) -> SharedConsumer:
         return self.open(name, trigger).share()

@@ -182,6 +182,12 @@ class Parts:
             )
         return consumers
 
+    def await_claims(self, for_s: float | None = None) -> None:
+        """See `JournalConsumers.await_claims`. From any thread."""
+        consumers = self.snapshot.consumers
+        if isinstance(consumers, JournalConsumers):
+            consumers.await_claims(for_s)
+
     def _make_transaction(self, attempt: Attempt, scope: str) -> Any:
         assert self.make_transaction is not None  # no delivery happens before the engine exists
         return self.make_transaction(attempt, scope)

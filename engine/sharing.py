@@ -58,6 +58,8 @@ RETRY_S: Final = 1.0
 TOOL: Final = "a command-line tool has opened it, and will soon have ended"
 OPEN_S: Final = 30.0
 """Shortest time in seconds that a new engine waits for the owner, which may be opening a large store."""
+START_S: Final = 30.0
+"""Longest time in seconds for which deliveries are held back while the server of the followers starts."""
 LASTS_S: Final = 1.0
 """A warning is logged if the connection is lost for this many seconds."""
 SURE_S: Final = 0.1
@@ -317,7 +319,9 @@ class Sharing:
             return
         with contextlib.suppress(OSError), open(self._mark, "wb"):
             pass
+        engine._parts.await_claims(START_S)
         self._server = importlib.import_module(SERVER).FollowerServer(engine, listener)
+        engine._parts.await_claims()
         if self._server is not None and not self._ends:
             self._server.run()
 

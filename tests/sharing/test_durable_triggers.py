@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from processes import PATIENCE_S, Process, role_of, wait_until
 
-from scopestate import Delivery, Engine, StateEvent
+from scopestate import Delivery, Engine, StateEvent, parts, sharing
 
 Start = Callable[..., Process]
 OpenEngine = Callable[..., Engine]
@@ -35,22 +37,24 @@ class Work:
         self.overlaps: list[str] = []
         self.gate = threading.Event()
         self.gate.set()
+        self.gates: dict[str, threading.Event] = {}
+        """Those of engines that have their own."""
         self._running: Counter[str] = Counter()
         self._exclusive = threading.Lock()
 
-    def on(self, engine: Engine, name: str) -> None:
+    def on(self, engine: Engine, name: str, **options: Any) -> None:
         def ship(event: StateEvent, delivery: Delivery) -> None:
             with self._exclusive:
                 self.begun.append(event.key)
                 self._running[event.key] += 1
                 if self._running[event.key] > 1:
                     self.overlaps.append(event.key)
-            self.gate.wait(PATIENCE_S)
+            self.gates.get(name, self.gate).wait(PATIENCE_S)
             with self._exclusive:
                 self._running[event.key] -= 1
                 self.seen.append((name, event.key, event.new_value, delivery.attempt))
 
-        engine.on_change(scope="orders", durable="ship", function_id="ship", ack_wait=PATIENCE_S)(ship)
+        engine.on_change(scope="orders", durable="ship", function_id="ship", ack_wait=PATIENCE_S, **options)(ship)
 
     def values(self, key: str) -> list[Any]:
         return [value for _, one, value, _ in self.seen if one == key]
@@ -100,7 +104,6 @@ def test_what_runs_in_a_follower_goes_on_when_the_owner_closes(open_engine: Open
     work.gate.clear()
     for name, engine in (("one", one), ("two", two)):
         work.on(engine, name)
-    # Two for each key: an engine holds 16 at most, and what waits behind those that run counts among them.
     for number in range(12):
         owner.set("orders", f"o-{number % 6}", number)
     wait_until(lambda: len(work.begun) == 6)
@@ -112,6 +115,35 @@ def test_what_runs_in_a_follower_goes_on_when_the_owner_closes(open_engine: Open
     two.drain(PATIENCE_S)
     for key in range(6):
         assert work.values(f"o-{key}") == list(range(key, 12, 6))
+    assert work.overlaps == []
+    assert {attempt for *_, attempt in work.seen} == {1}
+
+
+def test_what_runs_in_a_follower_is_not_given_away_while_the_next_owner_starts_to_serve(
+    start: Start, open_engine: OpenEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def import_late(name: str) -> Any:
+        threading.Event().wait(parts.CLAIM_S + 0.5)
+        return importlib.import_module(name)
+
+    monkeypatch.setattr(sharing, "importlib", SimpleNamespace(import_module=import_late, util=importlib.util))
+    owner = start()
+    engines = {"one": open_engine(), "two": open_engine()}
+    work = Work()
+    for name, engine in engines.items():
+        work.gates[name] = threading.Event()
+        work.on(engine, name, order="key", concurrency=3)
+    for number in range(6):
+        engines["one"].set("orders", f"o-{number}", number)
+    wait_until(lambda: len(work.begun) == 6)
+    owner.kill()
+    wait_until(lambda: {role_of(engine) for engine in engines.values()} == {"owner", "follower"})
+    follower, new_owner = sorted(engines, key=lambda name: role_of(engines[name]))
+    work.gates[new_owner].set()  # it could handle more
+    engines[follower].set("orders", "o-0", 6)  # when it is served again
+    work.gates[follower].set()
+    engines[follower].drain(PATIENCE_S)
+    assert sorted(work.begun) == ["o-0", *(f"o-{number}" for number in range(6))]
     assert work.overlaps == []
     assert {attempt for *_, attempt in work.seen} == {1}
 
