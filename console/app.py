@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection
 from functools import partial
+from inspect import isawaitable
 from typing import Any, Final, TypeVar
 from urllib.parse import parse_qsl
 
@@ -40,6 +41,9 @@ from scopestate.integrations.starlette import engine_of
 
 T = TypeVar("T")
 
+LogOut = Callable[[Request], Response | Awaitable[Response]]
+"""Ends the session of a browser, and returns the answer. As with `Auth`, a plain function runs on a thread."""
+
 THREADS: Final = 8
 """Pages of one console that are made at the same time; further ones wait."""
 MOST_FORM_BYTES: Final = 2 * 1024 * 1024
@@ -61,6 +65,7 @@ def console(
     write: bool | Auth = False,
     hosts: Collection[str] | None = None,
     max_streams: int = 64,
+    log_out: LogOut | None = None,
 ) -> Console:
     """Return the console of an engine, an ASGI application: `app.mount("/state", console(engine, auth=...))`.
 
@@ -74,10 +79,14 @@ def console(
     `auth=allow_everyone` only those of this machine, so that no web page can reach the console through a host name of
     its own (DNS rebinding). `max_streams` bounds the open streams of live changes; a client can have a quarter of them.
 
+    `log_out` is a function of the request, plain or `async`, that ends the session of a browser and returns the
+    response, such as a redirect to the page of a login. With it each page has a button. Open streams ask `auth` again
+    every 15 s.
+
     The console acts with all rights of this engine, and has no others. Raises TypeError if `engine` is neither an
     engine nor a name.
     """
-    return Console(engine, auth, write, hosts, max_streams)
+    return Console(engine, auth, write, hosts, max_streams, log_out)
 
 
 class Console:
@@ -90,6 +99,7 @@ class Console:
         write: bool | Auth,
         hosts: Collection[str] | None,
         max_streams: int,
+        log_out: LogOut | None,
     ) -> None:
         if not isinstance(engine, (Engine, str)):
             raise TypeError(
@@ -99,6 +109,7 @@ class Console:
         self._engine = engine
         self._auth = auth
         self._write = write
+        self._log_out = log_out
         self._streams = live.Streams(max_streams)
         self._limiter: RunVar[CapacityLimiter] = RunVar("scopestate.console")
         """The limit of threads, for each event loop."""
@@ -107,6 +118,7 @@ class Console:
         routes = [
             *[Route(path, self._page(make)) for path, make in _PAGES.items()],
             *[Route(path, self._change(make), methods=["POST"]) for path, make in _CHANGES.items()],
+            *([] if log_out is None else [Route("/log-out", self._leave(log_out), methods=["POST"])]),
             Route("/stream", self._stream),
             Route("/static/{name}", _static),
         ]
@@ -158,6 +170,7 @@ class Console:
             form or [],
             token,
             may_write=await self._may_write(request),
+            may_log_out=self._log_out is not None,
         )
 
     # ---------------------------------------------------------------------------------------------------- the pages
@@ -170,7 +183,7 @@ class Console:
             token, new = csrf_token(request)
             asked = await self._asked(request, token)
             response = await self._made(asked, make)
-            if new and asked.may_write:
+            if new and (asked.may_write or asked.may_log_out):
                 give_csrf_token(response, request, token)
             return response
 
@@ -184,20 +197,24 @@ class Console:
             token, _ = csrf_token(request)
             if not (await self._asked(request, token)).may_write:
                 return _message(403, "Read only", "This console shows the state, and does not change it.")
-            why = wrong_origin(request)
-            if why is not None:
-                return _message(403, "The form was not accepted", f"Nothing was changed: {why}.")
-            form = await _form(request)
+            form = await _accepted_form(request)
             if isinstance(form, Response):
                 return form
-            if wrong_token(request, dict(form).get(CSRF_FIELD)):
-                return _message(
-                    403,
-                    "The form was not accepted",
-                    "Nothing was changed: its token is not the one of this browser. Load the page again, and see that "
-                    "the browser keeps the cookies of this site.",
-                )
             return await self._made(await self._asked(request, token, form), make)
+
+        return answer
+
+    def _leave(self, log_out: LogOut) -> Callable[[Request], Awaitable[Response]]:
+        async def answer(request: Request) -> Response:
+            refused = await self._refusal(request)
+            if refused is not None:
+                return refused
+            form = await _accepted_form(request)
+            if isinstance(form, Response):
+                return form
+            left: Any = log_out(request) if is_async(log_out) else await self._on_thread(partial(log_out, request))
+            response: Response = await left if isawaitable(left) else left
+            return response
 
         return answer
 
@@ -216,10 +233,14 @@ class Console:
         if refused is not None:
             return refused
         try:
-            return await self._streams.open(request, self._engine_for(request))
+            engine = self._engine_for(request)
+            return await self._streams.open(request, engine, partial(self._is_let_in, request))
         except ScopestateError as error:
             problem = problem_of(error, "console: stream")
             return _message(500 if problem is None else problem.status, "No live changes", str(error))
+
+    async def _is_let_in(self, request: Request) -> bool:
+        return await self._refusal(request) is None
 
     async def _missing(self, request: Request, error: Exception) -> Response:
         refused = await self._refusal(request)
@@ -242,6 +263,24 @@ def _response(answer: Answer, asked: Asked) -> Response:
 def _message(status: int, title: str, text: str, asked: Asked | None = None) -> Response:
     facts = {"asked": asked, "title": title, "text": text}
     return Response(page("message.html", facts), status, media_type="text/html")
+
+
+async def _accepted_form(request: Request) -> list[tuple[str, str]] | Response:
+    """Return the fields of a form that a page of this console has sent, or a response that says why it is refused."""
+    why = wrong_origin(request)
+    if why is not None:
+        return _message(403, "The form was not accepted", f"Nothing was changed: {why}.")
+    form = await _form(request)
+    if isinstance(form, Response):
+        return form
+    if wrong_token(request, dict(form).get(CSRF_FIELD)):
+        return _message(
+            403,
+            "The form was not accepted",
+            "Nothing was changed: its token is not the one of this browser. Load the page again, and see that "
+            "the browser keeps the cookies of this site.",
+        )
+    return form
 
 
 async def _form(request: Request) -> list[tuple[str, str]] | Response:

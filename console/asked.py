@@ -19,7 +19,14 @@ class Asked:
     """A request, as a page sees it. Pages are made on threads, so they may use blocking calls of the engine."""
 
     def __init__(
-        self, engine: Engine, query: QueryParams, form: list[tuple[str, str]], token: str, *, may_write: bool
+        self,
+        engine: Engine,
+        query: QueryParams,
+        form: list[tuple[str, str]],
+        token: str,
+        *,
+        may_write: bool,
+        may_log_out: bool,
     ) -> None:
         self.engine = engine
         self.query = query
@@ -27,6 +34,7 @@ class Asked:
         self.token = token
         """The CSRF token for the forms of the page."""
         self.may_write = may_write
+        self.may_log_out = may_log_out
 
     def name(self, field: str) -> str:
         """Return a scope, a key or an id from the address. Raises DeserializationError if it is missing."""

@@ -12,6 +12,7 @@ import msgspec
 
 from scopestate.engine import Engine
 from scopestate.errors import FunctionNotFound, ScopestateError
+from scopestate.stats import Health, Stats
 
 
 class Listing(NamedTuple):
@@ -45,6 +46,35 @@ def triggers_elsewhere(engine: Engine) -> Listing | None:
     if engine._parts.backend.call_elsewhere is None:
         return None
     return _listed(engine, "engine::triggers::list", "triggers", {})
+
+
+class Figures(NamedTuple):
+    """The figures of an engine."""
+
+    engine: str
+    """Where its scopes are, for people."""
+    version: str
+    stats: Stats
+    health: Health
+
+
+def figures_elsewhere(engine: Engine) -> Figures | str | None:
+    """Return the figures of the other engine, or why it does not give them; None if there is no other engine."""
+    backend = engine._parts.backend
+    if backend.call_elsewhere is None:
+        return None
+    if (problem := backend.problem()) is not None:
+        return problem  # calls would wait for the connection
+    try:
+        answer = msgspec.json.decode(backend.call_elsewhere("engine::metrics", b"{}") or b"null")
+        stats, health = msgspec.convert(answer["stats"], Stats), msgspec.convert(answer["health"], Health)
+        return Figures(str(answer["state"]), str(answer["version"]), stats, health)
+    except FunctionNotFound:
+        return "it has no function engine::metrics, so it is iii, or an older scopestate"
+    except ScopestateError as error:
+        return str(error)
+    except (TypeError, KeyError, msgspec.ValidationError) as error:
+        return f"its answer has another form, as of another version of scopestate ({error})"
 
 
 def _listed(engine: Engine, function_id: str, field: str, payload: dict[str, Any]) -> Listing | None:

@@ -19,10 +19,14 @@ from scopestate.integrations.sse import HEADERS, StreamOptions, Watched, WatchSt
 from scopestate.ops.changes import Change
 from scopestate.ops.results import EventName
 
+LetIn = Callable[[], Awaitable[bool]]
+
 KINDS: Final[tuple[EventName, ...]] = ("created", "updated", "deleted", "expired")
 LONGEST_S: Final = 600.0
 """Seconds after which a stream ends. The browser then connects again and, if it is still let in, continues where it
 was."""
+CHECK_S: Final = 15.0
+"""Seconds after which a stream is checked again: it ends if its browser is not let in any more."""
 SHARE: Final = 4
 """One client can have at most one in this many of the streams."""
 BUFFER: Final = 5_000
@@ -52,8 +56,11 @@ class Streams:
         self._most = most
         self._of_client: Counter[str] = Counter()
 
-    async def open(self, request: Request, engine: Engine) -> Response:
-        """Begin a stream, or refuse it if there are too many. Raises what a watch raises."""
+    async def open(self, request: Request, engine: Engine, is_let_in: LetIn) -> Response:
+        """Begin a stream, or refuse it if there are too many. Raises what a watch raises.
+
+        `is_let_in` tells whether the browser that sent the request may still read the stream.
+        """
         client = request.client.host if request.client is not None else ""
         if self._of_client.total() >= self._most or self._of_client[client] >= max(1, self._most // SHARE):
             said = "Too many streams of live changes are open. Close other pages of the console.\n"
@@ -73,7 +80,7 @@ class Streams:
         except BaseException:
             self._end(client)
             raise
-        return _Stream(stream, lambda: self._end(client))
+        return _Stream(stream, is_let_in, lambda: self._end(client))
 
     def _end(self, client: str) -> None:
         self._of_client[client] -= 1
@@ -113,16 +120,19 @@ def _shown(change: Change) -> dict[str, Any]:
 class _Stream(Response):
     """A stream as the answer to a request."""
 
-    def __init__(self, stream: WatchStream, ended: Callable[[], object]) -> None:
+    def __init__(self, stream: WatchStream, is_let_in: LetIn, ended: Callable[[], object]) -> None:
         super().__init__(headers=HEADERS)
         del self.headers["Content-Length"]
         self._stream = stream
+        self._is_let_in = is_let_in
         self._ended = ended
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer the request, as ASGI says."""
         try:
-            await self._stream(scope, _bounded(receive, LONGEST_S), _with_cursors(send), self.raw_headers)
+            await self._stream(
+                scope, _bounded(receive, LONGEST_S, self._is_let_in), _with_cursors(send), self.raw_headers
+            )
         finally:
             self._ended()
 
@@ -142,15 +152,23 @@ def _with_cursors(send: Send) -> Send:
     return send_cursor
 
 
-def _bounded(receive: Receive, longest_s: float) -> Callable[[], Awaitable[Message]]:
-    """Return a `receive` that reports a disconnected client after `longest_s` seconds at the latest."""
-    ends = asyncio.get_running_loop().time() + longest_s
+def _bounded(receive: Receive, longest_s: float, is_let_in: LetIn) -> Callable[[], Awaitable[Message]]:
+    """Return a `receive` that reports a disconnected client after `longest_s` seconds at the latest.
+
+    And earlier if `is_let_in` says that it may not read the stream any more.
+    """
+    clock = asyncio.get_running_loop().time
+    ends = clock() + longest_s
 
     async def receive_or_end() -> Message:
+        received = asyncio.ensure_future(receive())
         try:
-            async with asyncio.timeout_at(ends):
-                return await receive()
-        except TimeoutError:
-            return {"type": "http.disconnect"}
+            while not received.done():
+                await asyncio.wait([received], timeout=min(CHECK_S, max(ends - clock(), 0.0)))
+                if not received.done() and (clock() >= ends or not await is_let_in()):
+                    return {"type": "http.disconnect"}
+            return received.result()
+        finally:
+            received.cancel()
 
     return receive_or_end

@@ -7,6 +7,7 @@ from typing import Any, Final, NamedTuple
 
 from scopestate import __version__
 from scopestate.console.asked import Answer, Asked, Download, Shown
+from scopestate.console.elsewhere import Figures, figures_elsewhere
 from scopestate.console.history import history
 from scopestate.console.rendering import CUT, formatted, value_html
 from scopestate.engine import Engine
@@ -23,20 +24,29 @@ MEASURED: Final = 1_000
 
 
 def overview(asked: Asked) -> Answer:
-    """Show the health and the figures of the engine."""
-    engine = asked.engine
-    stats, health = engine.stats(), engine.health()
+    """Show the health and the figures of the engine that has the scopes, or with `own` of this one."""
+    engine, own = asked.engine, "own" in asked.query
+    parts = engine._parts
+    other = None if own else figures_elsewhere(engine)
+    if isinstance(other, Figures):
+        stats, health, name, version = other.stats, other.health, other.engine, other.version
+    else:
+        stats, health, name, version = engine.stats(), engine.health(), repr(engine), __version__
     calls = sorted(((name, count) for name, count in stats.calls.items() if count), key=lambda one: (-one[1], one[0]))
     return Shown(
         "overview.html",
         {
-            "engine": repr(engine),
-            "version": __version__,
+            "engine": name,
+            "this": repr(engine),
+            "version": version,
             "stats": stats,
             "health": health,
             "calls": calls,
-            "keeps": engine._parts.backend.keeps,
-            "saves": engine._parts.backend.store is not None,
+            "keeps": parts.backend.keeps,
+            "saves": isinstance(other, Figures) or parts.backend.store is not None,
+            "other": isinstance(other, Figures),
+            "why_not": other if isinstance(other, str) else "",
+            "elsewhere": parts.backend.call_elsewhere is not None,
         },
     )
 

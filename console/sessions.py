@@ -31,6 +31,12 @@ _REFUSED: Final = (
     "<p>Open the address that <code>scopestate console</code> has printed. It lets one browser in, once, and within 15 "
     "minutes. For another browser, press Enter in that terminal, or start the command again.</p></main></html>"
 )
+_LOGGED_OUT: Final = (
+    '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    "<title>scopestate</title><main><h1>Logged out</h1>"
+    "<p>This browser is not let in any more. For a new address, press Enter in the terminal of "
+    "<code>scopestate console</code>, or start the command again.</p></main></html>"
+)
 
 
 class Sessions:
@@ -65,6 +71,18 @@ class Sessions:
         cookie = secrets.token_urlsafe(32)
         self._cookies.add(_digest(cookie))
         return cookie
+
+    @exclusive
+    def _forget(self, cookie: str) -> None:
+        self._cookies.discard(_digest(cookie))
+
+    async def log_out(self, request: Request) -> Response:
+        """End the session of a browser: its cookie is worth nothing from now on."""
+        name = cookie_name(_COOKIE, request)
+        self._forget(request.cookies.get(name, ""))
+        answer = HTMLResponse(_LOGGED_OUT)
+        answer.delete_cookie(name, path="/", httponly=True, samesite="strict")
+        return answer
 
     async def auth(self, request: Request) -> Verdict:
         """Let in a browser with a cookie of this process; a browser with a new token gets a cookie."""

@@ -143,7 +143,7 @@ def _serve(engine: Engine, sessions: Sessions, listener: socket.socket, *, write
         def capture_signals(self) -> Iterator[None]:
             yield
 
-    app = make_console(engine, auth=sessions.auth, write=write, hosts=LOOPBACK)
+    app = make_console(engine, auth=sessions.auth, write=write, hosts=LOOPBACK, log_out=sessions.log_out)
     # No access log: it would contain the tokens.
     server = Server(
         uvicorn.Config(

@@ -92,7 +92,8 @@ TOTALS = ("events", "deliveries", "failures", "retries", "dropped", "expired", "
 
 def summary(reading: Reading, rates: dict[str, float]) -> list[str]:
     """Return the lines that summarise an engine for people."""
-    health = "healthy" if reading.ok else "; ".join(reading.problems)
+    working = "healthy" if reading.totals or "threads" in reading.now else ""  # a store alone is not an engine
+    health = working if reading.ok else "; ".join(reading.problems)
     lines = [" | ".join(part for part in (reading.place, reading.role, health, reading.remark) if part)]
     now = reading.now
     parts = []

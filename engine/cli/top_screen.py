@@ -126,14 +126,15 @@ class TopScreen(App[int]):
         self.sorted_by: dict[str, int] = dict.fromkeys(TABLES, 1)
         self._source = source
         self._rates = Rates()
-        self._calls: deque[float] = deque([0.0], maxlen=HISTORY)
+        # Two values: Textual draws a single one as a full bar.
+        self._calls: deque[float] = deque([0.0, 0.0], maxlen=HISTORY)
         self._seen: Reading | None = None
         self._wake = asyncio.Event()
         # Kept instead of looked up by id: a reading may end when the view has been removed.
         self._place = Static("", id="place", markup=False)
         self._trouble = Static("", id="trouble", markup=False)
         self._figures = Static("reading", id="figures", markup=False)
-        self._rate = Sparkline([0.0], id="rate")
+        self._rate = Sparkline(list(self._calls), id="rate")
         self._tabs = TabbedContent()
         self._tables: dict[str, DataTable[Text]] = {
             name: DataTable(id=f"table-{name}", cursor_type="row", zebra_stripes=True) for name in TABLES

@@ -96,8 +96,11 @@ def test_it_only_reads_unless_it_is_told_to_write(program: type[Program], tmp_pa
         browser = Browser()
         browser.get(facts["url"])
         page = browser.get(f"{address}keys?scope=s")[1]
-        assert ('method="post"' in page) == write
-        if write:
+        assert ('action="create' in page) == write
+        if not write:
+            assert "Logged out" in browser.post(f"{address}log-out")[1]
+            assert browser.get(address)[0] == 401
+        else:
             assert browser.post(f"{address}create?scope=s", key="k", value="[1]")[0] == 200
             assert "Revision" in browser.get(f"{address}entry?scope=s&key=k")[1]
         assert started.signal(signal.SIGINT).code == 0
@@ -117,7 +120,7 @@ def test_a_file_whose_directory_is_open_follows_the_engine_that_has_it(program: 
         browser.get(facts["url"])
 
         assert f"process {os.getpid()} on" in browser.get(address)[1]
-        assert "follower" in browser.get(address)[1]
+        assert "follower" in browser.get(f"{address}?own=1")[1]
         assert "ada" in browser.get(f"{address}keys?scope=users")[1]
         assert "app::greet" in browser.get(f"{address}triggers")[1]
         assert "No server runs" not in browser.get(f"{address}workers")[1]

@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from visitors import text_of, visit
 from websockets.sync.client import connect
 
 from scopestate import Engine
 from scopestate.config import from_mapping
+from scopestate.errors import FunctionNotFound
 from scopestate.server.server import Server
 
 
@@ -34,7 +36,8 @@ def test_a_follower_shows_what_the_owner_has(tmp_path: Path) -> None:
         owner.on_change(scope="users", function_id="app::greet")(lambda event: None)
         visitor = visit(follower, write=True)
 
-        assert "follower" in visitor.page()
+        assert "Part in sharing owner" in text_of(visitor.page())
+        assert "follower" in visitor.page("?own=1")
         assert "users 1 kept elsewhere" in text_of(visitor.page("scopes"))
         assert "app::greet" in visitor.page("triggers")
         entry = follower.entry("users", "ada")
@@ -101,3 +104,56 @@ def test_a_right_that_is_missing_is_said_and_the_rest_of_the_page_is_there(tmp_p
             assert "They cannot be read" in text
             assert "Not available from the other engine" in text
             assert "Last errors" in text
+
+
+def test_the_overview_has_the_figures_of_the_engine_that_has_the_scopes(engine: Engine) -> None:
+    for at in range(1200):
+        engine.set("users", f"key-{at}", at)
+    with Server(engine, port=0) as server, _bridged(server.url) as bridged:
+        visitor = visit(bridged)
+        text = text_of(visitor.page())
+        assert "the figures of the engine that has the scopes" in text
+        assert "Keys in memory 1,200" in text
+        assert "Reached by" in text
+
+        own = text_of(visitor.page("?own=1"))
+        assert "These are the figures of this process" in own
+        assert "Keys in memory 0" in own
+
+        server.stop()
+        assert "does not give its own" in text_of(visitor.page())
+
+
+def test_an_engine_that_does_not_tell_its_figures_is_named_with_the_reason(tmp_path: Path) -> None:
+    tokens = [{"token": "t" * 32, "functions": ["state::*"], "read": ["users"]}]
+    config = from_mapping([{"name": "iii-worker-manager", "config": {"port": 0, "auth": {"tokens": tokens}}}])
+    with (
+        Engine() as engine,
+        Server(engine, config=config.server, port=0) as server,
+        _bridged(server.url, token="t" * 32) as bridged,
+    ):
+        text = text_of(visit(bridged).page())
+
+    assert "does not give its own" in text
+    assert "engine::metrics" in text
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (b"null", "its answer has another form"),
+        (b'{"stats":{}}', "its answer has another form"),
+        (FunctionNotFound("engine::metrics"), "it is iii, or an older scopestate"),
+    ],
+)
+def test_an_engine_of_another_kind_is_said_to_be_one(
+    answer: Any, reason: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def call(function_id: str, data: bytes) -> bytes:
+        if isinstance(answer, Exception):
+            raise answer
+        return bytes(answer)
+
+    monkeypatch.setattr(engine._parts.backend, "call_elsewhere", call)
+
+    assert reason in text_of(visit(engine).page())

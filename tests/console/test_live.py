@@ -170,3 +170,25 @@ def test_a_server_that_ends_does_not_wait_for_its_streams(engine: Engine) -> Non
         served.stop()
         assert next_change(stream) is None
         stream.close()
+
+
+def test_a_stream_ends_when_its_browser_is_not_let_in_any_more(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "CHECK_S", 0.02)
+    asked: list[bool] = []
+    let_in = [True]
+
+    def auth(request: Any) -> bool:
+        asked.append(let_in[0])
+        return let_in[0]
+
+    with (
+        Served(Starlette(routes=[Mount("/state", console(engine, auth=auth))])) as served,
+        served.stream("/state/stream") as stream,
+    ):
+        while len(asked) < 5:  # it is checked again and again, and goes on
+            engine.set("s", "k", len(asked))
+            assert next_change(stream) is not None
+        let_in[0] = False
+        while next_change(stream) is not None:
+            pass
+        assert asked[-1] is False

@@ -129,3 +129,17 @@ def test_the_cookie_of_an_earlier_run_is_not_good(open_window: OpenWindow, folde
         window.allow("status of 401")
 
         enter(window.page, address)
+
+
+def test_a_browser_logs_out_with_the_button(open_window: OpenWindow, folder: Path) -> None:
+    window = open_window()
+    with command(folder) as address:
+        enter(window.page, address)
+        window.page.get_by_role("link", name="Live changes").click()
+        window.page.get_by_role("button", name="Log out").click()
+        expect(window.page.get_by_role("heading", level=1)).to_have_text("Logged out")
+        assert window.violations() == []
+
+        window.allow("status of 401")
+        window.page.goto(address.partition("?")[0])
+        expect(window.page.get_by_role("heading", level=1)).to_have_text("Not allowed")
