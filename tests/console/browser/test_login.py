@@ -140,6 +140,6 @@ def test_a_browser_logs_out_with_the_button(open_window: OpenWindow, folder: Pat
         expect(window.page.get_by_role("heading", level=1)).to_have_text("Logged out")
         assert window.violations() == []
 
-        window.allow("status of 401")
         window.page.goto(address.partition("?")[0])
         expect(window.page.get_by_role("heading", level=1)).to_have_text("Not allowed")
+        window.allow("status of 401")
