@@ -1,4 +1,4 @@
-"""One durable trigger of an engine behind a bridge: a port of the runtime, to a consumer that the other engine has."""
+"""One durable trigger of an engine behind a bridge: a port to a consumer that the other engine has."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ log = Log("scopestate.persistence.bridge")
 
 _MOST: Final = 256
 _MOST_OUTCOMES: Final = 1000
-"""Outcomes of one message."""
+"""The most outcomes in one message."""
 _PATIENCE_S: Final = 2.0
-"""As `server.holding.PATIENCE_S`: an engine that says nothing for so long is dismissed, at the earliest."""
+"""As `server.holding.PATIENCE_S`: an engine that sends nothing for this long may be dismissed."""
 _MOMENT_S: Final = 0.02
 _AGAIN_S: Final = 2.0
 """Pause after the other engine has refused to give events."""
@@ -62,16 +62,16 @@ class Line(Protocol):
         """Call and wait for the result, on a thread of its own. Raises the error of the call."""
 
     def read_now(self, function_id: str, payload: bytes) -> bytes | None:
-        """As `call_and_wait`, of what changes nothing: it is called again if the connection was lost."""
+        """As `call_and_wait`, for a read-only function: it is called again if the connection was lost."""
 
     async def call_on_loop(self, function_id: str, payload: bytes, timeout_s: float | None = None) -> bytes | None:
         """As `call_and_wait`, on the loop of the connection."""
 
 
 def ask(line: Line, function_id: str, asked: Any, kind: type[Any], *, reads: bool = False) -> Any:
-    """Call a function of the other engine. Raises StorageError if it does not answer; else what it raises there.
+    """Call a function of the other engine.
 
-    `reads`: it changes nothing.
+    Raises StorageError if it does not answer, else the error that it raises there. `reads`: the function is read-only.
     """
     call = line.read_now if reads else line.call_and_wait
     try:
@@ -102,9 +102,9 @@ def error_of(failure: RemoteFailure) -> ScopestateError:
 class RemotePort(ConsumerPort):
     """One consumer of the other engine, as this engine sees it.
 
-    The other engine gives each event to one of the engines that ask, and this one holds it until its outcome is told. A
-    poll waits at the other engine for events; what begins is told by a call that is answered before the handler runs;
-    outcomes are told with that, or a moment later by the keeper.
+    The other engine gives each event to one of the engines that ask, and this engine holds it until its outcome is
+    reported. A poll waits at the other engine for events. The start of an attempt is reported by a call that is
+    answered before the handler runs; outcomes are reported with it, or a moment later by the keeper.
     """
 
     notes_at_once = 16
@@ -119,20 +119,20 @@ class RemotePort(ConsumerPort):
         self._wake: Callable[[], object] = _nothing
         self._lost: Callable[[Sequence[int]], object] = _nothing
         self.ring: Callable[[], object] = _nothing
-        """Has the keeper look at once."""
+        """Makes the keeper check at once."""
         self.nudge: Callable[[], object] = _nothing
-        """Has the keeper look in a moment."""
+        """Makes the keeper check in a moment."""
         self._saying = threading.Lock()
-        """Held for one call: what is told is told in order. On worker threads and the keeper's."""
+        """Held during one call, so that reports are sent in order. On worker threads and the keeper's."""
         self._arrived: deque[Held] = deque()
         self._held: dict[int, int] = {}
         """Position -> the attempt that is running, or 0."""
         self._serials: dict[int, int] = {}
-        """Position -> which message has told that its attempt begins."""
+        """Position -> the number of the message that reported the start of its attempt."""
         self._numbers = itertools.count(1)
         self._outcomes: list[Outcome] = []
         self._exclusive = Guard()
-        """Held for a moment, to change what is held and `_outcomes`."""
+        """Held briefly, to change `_held` and `_outcomes`."""
         self._is_left = False
         self._left_behind: list[Outcome] = []
         self._paused: str | None = None
@@ -142,7 +142,7 @@ class RemotePort(ConsumerPort):
         self._start = trigger.start
         self.stopping = False
         self.is_over = False
-        """True once it takes nothing, and holds nothing."""
+        """True once it takes no events, and holds none."""
         self.problem: str | None = None
         self.taking: asyncio.Task[None] | None = None
         """Runs `take_on`."""
@@ -150,9 +150,9 @@ class RemotePort(ConsumerPort):
     # ------------------------------------------------------------------------------------------------- for the runtime
 
     def join(self, trigger: Trigger, since_ms: int) -> None:
-        """Begin to take events, or take them for another trigger. Raises what the other engine raises.
+        """Begin to take events, or take them for another trigger.
 
-        If that does not answer, it is tried again when there is a connection.
+        Raises what the other engine raises. If it does not answer, this is retried once there is a connection.
         """
         self._trigger, self._since_ms, self._start = trigger, since_ms, trigger.start
         with self._saying:
@@ -181,7 +181,7 @@ class RemotePort(ConsumerPort):
 
     @exclusive
     def _forget_idle(self) -> list[int]:
-        """Forget what has not begun, and return its positions."""
+        """Forget the events that have not begun, and return their positions."""
         self._arrived.clear()
         idle = [position for position, attempt in self._held.items() if not attempt]
         self._forget(idle)
@@ -207,7 +207,7 @@ class RemotePort(ConsumerPort):
                 if not isinstance(error.__cause__, AWAY):
                     self._begin([(position, 0) for position, _ in begun], 0)
                     raise
-                # They are safe there, and come again from the engine that answers next.
+                # They are safe there, and are delivered again by the engine that answers next.
                 log.debug("consumer %r: attempts could not be recorded: %s", self.name, error)
                 gone += [position for position, _ in begun]
         if gone:
@@ -216,7 +216,7 @@ class RemotePort(ConsumerPort):
 
     @exclusive
     def _begin(self, attempts: Sequence[tuple[int, int]], serial: int) -> tuple[list[tuple[int, int]], list[int]]:
-        """Note attempts as running. Returns them, and the positions of those that were forgotten before."""
+        """Record attempts as running. Returns them, and the positions of those that were forgotten before."""
         begun = [(position, attempt) for position, attempt in attempts if position in self._held]
         for position, attempt in begun:
             self._held[position], self._serials[position] = attempt, serial
@@ -229,7 +229,7 @@ class RemotePort(ConsumerPort):
 
     @exclusive
     def _note_ended(self, outcomes: Sequence[Outcome]) -> bool:
-        """Note how attempts have ended. False: another port goes on."""
+        """Record how attempts have ended. False: another port continues."""
         if self._is_left:
             self._left_behind += outcomes
             return False
@@ -257,7 +257,7 @@ class RemotePort(ConsumerPort):
 
     @exclusive
     def take_outcomes(self) -> list[Outcome]:
-        """Return the outcomes that are not told yet, and forget them."""
+        """Return the outcomes that are not reported yet, and forget them."""
         told, self._outcomes = self._outcomes, []
         return told
 
@@ -277,7 +277,7 @@ class RemotePort(ConsumerPort):
                 return self._say(resolve=(position, self._serials.get(position, 0))).acknowledged
         except ScopestateError as error:
             log.debug("the outcome of a transaction of %s:%d is not known: %s", self.name, position, error)
-            return False  # if it has happened, the next attempt is not this engine's
+            return False  # if it has happened, the next attempt does not belong to this engine
 
     def full(self, letters: int) -> bool:
         try:
@@ -295,7 +295,7 @@ class RemotePort(ConsumerPort):
         return self._paused
 
     def note_pause(self, why: str | None) -> None:
-        """It is paused, or goes on."""
+        """Record that it is paused, or continues."""
         before, self._paused = self._paused, why
         if before is not None and why is None:
             self._wake()
@@ -303,7 +303,7 @@ class RemotePort(ConsumerPort):
     # ---------------------------------------------------------------------------------------------- under the lock
 
     def _join(self) -> None:
-        """Tell the other engine what this one holds, and learn what it has lost. Raises as `ask`."""
+        """Report to the other engine what this one holds, and learn what it has lost. Raises as `ask`."""
         config = {**self._trigger.options(), "start": self._start}
         trigger = self._trigger
         asked = handed.Join(
@@ -325,13 +325,13 @@ class RemotePort(ConsumerPort):
 
     @exclusive
     def _held_and_ended(self) -> list[tuple[int, int, int]]:
-        """Return what this engine holds, and what has ended and was not told, as `SharedConsumer.join` takes it."""
+        """Return the events held here, and those ended but not reported, in the form that `SharedConsumer.join` takes."""
         held = {one.position: ENDED for one in self._outcomes}
         held.update((position, attempt or held.get(position, 0)) for position, attempt in self._held.items())
         return [(position, attempt, self._serials.get(position, 0)) for position, attempt in held.items()]
 
     def _say(self, **fields: Any) -> handed.Noted:
-        """Tell what has ended, and more. Raises StorageError."""
+        """Report what has ended, and the given fields. Raises StorageError."""
         for tries_left in (2, 1, 0):
             try:
                 if not self.is_joined:
@@ -345,7 +345,7 @@ class RemotePort(ConsumerPort):
             except StorageError as error:
                 self._note_away(error)
                 if tries_left and isinstance(error.__cause__, ConnectionLost):
-                    continue  # it may be done twice
+                    continue  # it may be sent twice
                 raise
             if noted.is_holder or self.stopping:
                 self._forget_told(sent)
@@ -363,13 +363,13 @@ class RemotePort(ConsumerPort):
         self.problem = f"consumer {self.name!r} gets no events: {error}"
 
     def be_joined(self) -> None:
-        """Return when the other engine knows what this one holds. Raises StorageError if it does not answer."""
+        """Wait until the other engine knows what this one holds. Raises StorageError if it does not answer."""
         with self._saying:
             if not (self.is_joined or self.stopping):
                 self._join()
 
     def keep(self) -> None:
-        """Say what is to be said. On the keeper's thread. Raises StorageError."""
+        """Send the reports that are due. On the keeper's thread. Raises StorageError."""
         with self._saying:
             if not self.is_joined and not (self.stopping and self._has_told_all()):
                 self._join()
@@ -382,7 +382,7 @@ class RemotePort(ConsumerPort):
 
     @exclusive
     def _has_told_all(self) -> bool:
-        """Return whether nothing is running, and all that has ended was told."""
+        """Return whether no attempt is running, and all outcomes were reported."""
         return not self._outcomes and not any(self._held.values())
 
     @property
@@ -407,7 +407,7 @@ class RemotePort(ConsumerPort):
                 self._note_away(StorageError(str(error)))
                 self.ring()
             except (ScopestateError, msgspec.DecodeError) as error:
-                if isinstance(error, RemoteFailure) and error.code == EngineClosed.code:  # another one goes on
+                if isinstance(error, RemoteFailure) and error.code == EngineClosed.code:  # another port continues
                     self._note_away(StorageError(str(error)))
                     await asyncio.sleep(_MOMENT_S)
                     self.ring()
@@ -421,7 +421,7 @@ class RemotePort(ConsumerPort):
                 self._take_in(taken)
 
     def go_on(self) -> None:
-        """It is joined, perhaps: `take_on` looks. On the loop."""
+        """Wake `take_on` to check whether it is joined. On the loop."""
         self._joined.set()
 
     async def _take(self) -> handed.Taken:
@@ -453,14 +453,14 @@ class RemotePort(ConsumerPort):
 
     def _arrive(self, events: Sequence[handed.HandedEvent]) -> None:
         if self.stopping:
-            return  # they go to others when this engine has said that it leaves
+            return  # they go to other engines once this one has reported that it leaves
         for one in events:
             self._held[one.position] = 0
             item = Held(one.event(), one.attempts, one.first_ms, one.due_ms, one.error, one.cut_off, one.blocked)
             self._arrived.append(item)
 
     def _begin_anew(self, *, forgotten: bool) -> None:
-        """The other engine does not know this one: it is another one now, or has dismissed this one."""
+        """Start again with an engine that does not know this one: it has been replaced, or has dismissed this one."""
         self.is_joined = False
         if forgotten:
             log.warning(
@@ -480,7 +480,7 @@ class RemotePort(ConsumerPort):
             self._held.pop(position, None)
             self._serials.pop(position, None)
         gone = set(positions)
-        # What is over is still told: it counts if the event is this engine's after all.
+        # Outcomes are still reported: they count if the event turns out to belong to this engine.
         self._outcomes = [one for one in self._outcomes if one.position not in gone or one.verdict in ("done", "dead")]
 
 

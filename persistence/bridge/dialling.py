@@ -31,12 +31,12 @@ _HEAD_BYTES: Final = 1 << 16
 
 
 class BridgeTarget:
-    """The other engine, to be dialled. Methods from any thread, `dial` from one at a time."""
+    """The other engine as a target to dial. Methods may be called from any thread, `dial` from one at a time."""
 
     def __init__(
         self, find: Callable[[], Address], options: ClientOptions, before_calls: Callable[[float], object] | None = None
     ) -> None:
-        """`find()` says where it is; it may raise NotConnected.
+        """`find()` returns where it is; it may raise NotConnected.
 
         `before_calls(timeout_s)` is called for each connection, before anything is sent on it; it may wait that long.
         """
@@ -47,11 +47,11 @@ class BridgeTarget:
         self._aborted = False
         self._address = ""
         self.refused = False
-        """True if the other engine has refused this one, which another attempt will not change."""
+        """True if the other engine has refused this one: another attempt will not help."""
 
     @property
     def address(self) -> str:
-        """For messages: where it was last."""
+        """The address at which it was last, for messages."""
         return self._address or "an address that is not known yet"
 
     def dial(self) -> BridgeConnection:
@@ -87,7 +87,7 @@ class BridgeTarget:
         return connection
 
     def abort(self) -> None:
-        """End an attempt that is under way, and let no other begin. From any thread."""
+        """End an attempt in progress, and prevent further ones. From any thread."""
         self._aborted = True
         if (dialling := self._dialling) is not None:
             with contextlib.suppress(OSError):
@@ -121,7 +121,7 @@ class BridgeTarget:
         return NotConnected(f"the server refused the connection: HTTP {code}{hint} ({address.url})")
 
     def _wait_for_welcome(self, connection: BridgeConnection, until: float) -> None:
-        """Wait for the first message: an engine that refuses this one says so in its place."""
+        """Wait for the first message: an engine that refuses this one says so instead."""
         while True:
             message = connection.next_message()
             if message is NOT_ALL:
@@ -152,7 +152,7 @@ def introduction(name: str) -> bytes:
 
 
 def _read_head(sock: socket.socket, until: float) -> tuple[bytes, bytes]:
-    """Return the head of the response, and what came behind it."""
+    """Return the head of the response, and the bytes that came after it."""
     received = b""
     while (end := received.find(b"\r\n\r\n")) < 0:
         left = until - time.monotonic()

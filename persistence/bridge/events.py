@@ -1,7 +1,7 @@
 """The events of another engine, for the triggers of this one (docs/how-to/bridge.md).
 
-It polls for the changes of the scopes that its plain triggers are about: what no trigger wants costs the other engine
-nothing. A poll has a cursor, so that changes that were made while there was no connection fire too.
+It polls for the changes of the scopes that its plain triggers are about, so changes that no trigger wants cost the
+other engine nothing. A poll has a cursor, so changes that were made while there was no connection also fire.
 """
 
 from __future__ import annotations
@@ -49,22 +49,22 @@ Places = tuple[tuple[str | None, str], ...]
 """Which scopes triggers are about: each a name, or None and a prefix."""
 
 MOST: Final = 500
-"""Changes that are asked for at a time."""
+"""Changes that are requested at a time."""
 AGAIN_S: Final = 0.05
-"""Pause after a poll that has failed, as there is no connection."""
+"""Pause after a poll that has failed because there is no connection."""
 MOST_PLACES: Final = 32
-"""If the triggers are about more scopes and prefixes than that, every change is asked for."""
+"""If the triggers are about more scopes and prefixes than this, every change is requested."""
 REFUSED_S: Final = 2.0
 """Pause after a poll that the other engine refuses."""
 SHOWN_S: Final = 300.0
 """How long health reports that changes were lost."""
 FIRST_S: Final = 10.0
-"""How long the first trigger waits at most until it is known whether there is a connection."""
+"""How long the first trigger waits, at most, to learn whether there is a connection."""
 _KINDS: Final = ("created", "updated", "deleted", "expired")
 
 
 class _Told(msgspec.Struct):
-    """A change, as the answer to a poll has it."""
+    """A change, as it is in the answer to a poll."""
 
     kind: Literal["put", "delete", "expire"]
     scope: str
@@ -81,7 +81,7 @@ class _Told(msgspec.Struct):
     cursor: str = ""
 
     def arrived(self) -> _Arrived:
-        """Return what is fired. Raises DeserializationError."""
+        """Return the event to fire. Raises DeserializationError."""
         return _Arrived(
             self.scope,
             self.key,
@@ -96,7 +96,7 @@ class _Told(msgspec.Struct):
 
 
 class _Arrived(msgspec.Struct):
-    """What `EventRouter.arrive` takes."""
+    """The arguments of `EventRouter.arrive`."""
 
     scope: str
     key: str
@@ -118,7 +118,7 @@ _decode: Final = msgspec.json.Decoder(_Answer).decode
 
 
 class _Event(msgspec.Struct):
-    """What the function of a `state` trigger is given (docs/reference/protocol.md, section 5)."""
+    """The input of the function of a `state` trigger (docs/reference/protocol.md, section 5)."""
 
     event_type: str
     scope: str
@@ -129,7 +129,7 @@ class _Event(msgspec.Struct):
     late_ms: int = 0
 
     def arrived(self, number: int, depth: int) -> _Arrived:
-        """Return what is fired, with a number in the place of the revision, which it does not tell."""
+        """Return the event to fire, with a number instead of the revision, which it does not contain."""
         old: bytes | None = parse(bytes(self.old_value))
         # The event type tells a stored null from a missing key, except for a delete, where both look alike.
         if old == b"null" and self.event_type not in {"state:updated", "state:expired"}:
@@ -141,12 +141,12 @@ class _Event(msgspec.Struct):
 
 
 class RemoteEvents:
-    """Fires an event here for every change in the other engine, also for those made while there was no connection.
+    """Fires an event here for every change in the other engine, including those made while there was no connection.
 
-    `start`, `listen`, `problem`, `catch_up` and `stop` may be called from any thread but that of the client's event
-    loop; the rest runs there. At each connection, before anything else is sent, it asks for the cursor of that moment:
-    where to begin, the first time and if the changes behind the last cursor are gone. If they are gone later, it asks
-    again.
+    `start`, `listen`, `problem`, `catch_up` and `stop` may be called from any thread except that of the client's event
+    loop; the rest runs there. On each new connection, before anything else is sent, it asks for the current cursor:
+    this is where to begin, the first time and whenever the changes after the last cursor are gone. If they are gone
+    later, it asks again.
     """
 
     def __init__(self, client: Client, loop: asyncio.AbstractEventLoop, longest_wait_ms: int) -> None:
@@ -156,34 +156,35 @@ class RemoteEvents:
         self._router: EventRouter | None = None
         self._task: asyncio.Task[None] | None = None
         self._wanted = asyncio.Event()
-        """Set while plain triggers are registered, and until the poll that was under way then has ended."""
+        """Set while plain triggers are registered, and until the poll in progress at that time has ended."""
         self.cursor: str | None = None
-        """Behind which change the next poll goes on: all before have fired. None: it has not begun."""
+        """The change after which the next poll continues: all changes up to it have fired. None: it has not begun."""
         self._begin: asyncio.Future[bytes] | None = None
         self._version = -1
         self._places: Places = ()
-        """What the triggers were about when their table had this version."""
+        """The places that the triggers were about when their table had this version."""
         self._asked: Places = ()
-        """What the last poll has asked for."""
+        """The places that the last poll asked for."""
         self._begin_places: Places = ()
-        """What `_begin` has asked for."""
+        """The places that `_begin` asked for."""
         self._known: Places = ()
-        """What the answer up to `cursor` was about."""
+        """The places that the answer up to `cursor` was about."""
         self._from: dict[tuple[str | None, str], int] = {}
-        """Scopes of triggers that came later: behind which position they are told."""
+        """Scopes of triggers that came later -> the position after which their changes are reported."""
         self._changed = asyncio.Event()
-        """Set when the poll under way does not ask for all that is wanted."""
+        """Set when the poll in progress does not ask for everything that is wanted."""
         self._tried = asyncio.Event()
         """Set once it is known whether there is a connection."""
         self._moved = asyncio.Event()
-        """Set, and replaced, when an answer was taken in."""
+        """Set, and replaced, when an answer was processed."""
         self._stopped = False
         self._by_polls = False
-        """True once the other engine has told its changes."""
+        """True once the other engine has reported its changes."""
         self._decided = asyncio.Event()
         """Set once it is known whether the other engine can be asked for changes."""
         self._by_trigger = False
-        """True if it cannot: iii, or an older engine. Then a trigger there tells them, while there is a connection."""
+        """True if it cannot: it is iii, or an older engine. Then a trigger there reports them, while there is a
+        connection."""
         self._deciding: asyncio.Task[None] | None = None
         self._numbered = 0
         self._lost = ""
@@ -193,12 +194,15 @@ class RemoteEvents:
     # ----------------------------------------------------------------------------------------------- from any thread
 
     def start(self, around: Surroundings) -> None:
-        """Fire events for the triggers of this engine from now on, when there are some."""
+        """Fire events for the triggers of this engine from now on, if there are any."""
         self._router = around.router
         self.listen()
 
     def listen(self, *, wait: bool = True) -> None:
-        """A trigger was registered. On return the other engine tells what is changed from now on, if there is one."""
+        """Listen for a new trigger.
+
+        On return the other engine, if it is connected, reports every change from now on.
+        """
         if self._router is None or not self._router.triggers.has_plain() or self._stopped:
             return
         begun = self._submit(self._listen())
@@ -206,7 +210,7 @@ class RemoteEvents:
             wait_for(lambda slice_s: bool(concurrent.futures.wait([begun], slice_s).done))
 
     def catch_up(self, timeout_s: float | None) -> bool:
-        """Wait until the events of what was written by now are here; False if that took longer than `timeout_s`.
+        """Wait until the events of all writes so far have arrived; False if that took longer than `timeout_s`.
 
         Raises StorageError if the other engine cannot be asked.
         """
@@ -261,16 +265,16 @@ class RemoteEvents:
                 self._ask_begin()
 
     def note_refusal(self, error: ScopestateError) -> None:
-        """The other engine does not allow the trigger by which it would tell its changes."""
+        """Record that the other engine refuses the trigger that would report its changes."""
         self._refusal = (
             f"the remote reports no changes to the bridge: {error} ({error.code}); local triggers hear of none"
         )
         log.error("bridge to %s: %s", self._client.url, self._refusal)
 
     def settle(self, timeout_s: float, is_over: Callable[[], bool]) -> None:
-        """If triggers listen: wait until the other engine, as it is now, knows from where on changes are to be told.
+        """If triggers listen, wait until the present other engine knows from where on to report changes.
 
-        On any thread but that of the loop; at most for `timeout_s`, and not if `is_over()`.
+        On any thread except that of the loop; at most for `timeout_s`, and not if `is_over()`.
         """
         if not self._wanted.is_set():
             return
@@ -282,7 +286,7 @@ class RemoteEvents:
         settling.cancel()
 
     async def _settle(self) -> None:
-        # What begins a connection is sent before this, and the answer to this is that of the same engine.
+        # The first calls of a connection are sent before this one, and the same engine answers all of them.
         while not self._stopped:
             try:
                 await self._post({"limit": 1, "_among": self._wanted_now()})
@@ -295,7 +299,7 @@ class RemoteEvents:
 
     @property
     def misses(self) -> bool:
-        """True if nothing tells what is changed while there is no connection."""
+        """True if changes made while there is no connection are not reported."""
         return self._by_trigger
 
     async def end(self) -> None:
@@ -328,19 +332,20 @@ class RemoteEvents:
         self._begin = self._post({"limit": MOST, "_among": self._begin_places}, first=True)
 
     async def _ask_for_more(self) -> None:
-        """Have the other engine keep the changes of what triggers want, too, and have a poll that asks for them."""
+        """Make the other engine keep the changes that new triggers want, and start a poll that asks for them."""
         told = (*(self._begin_places if self.cursor is None else self._known), *self._from)
         more = [place for place in self._wanted_now() if not _has(told, place)]
         if not more:
             return
         try:
-            # On its answer the changes of these scopes are kept there. Those from before are not for the new triggers.
+            # Once it has answered, the changes of these scopes are kept there. Earlier ones are not for the new
+            # triggers.
             answer = await self._post({"limit": 1, "_settled": True, "_among": more})
             position = _position_of(_decode(answer).cursor)
         except (ScopestateError, msgspec.DecodeError):
             position = 0  # the next poll shows what is wrong
         for place in more:
-            # Unless they are told already: then no change may be left out from there on.
+            # Unless they are reported already: then no change may be left out from there on.
             if not _has(self._known, place):
                 self._from.setdefault(place, position)
         if not all(_has(self._asked, place) for place in more):
@@ -369,9 +374,9 @@ class RemoteEvents:
                 future.set_exception(error)
             else:
                 future.set_result(text or b"")
-            future.exception()  # not every answer at the begin of a connection is needed
+            future.exception()  # not every answer at the start of a connection is needed
 
-        # Without asking for the features of the other engine before: one without the function says so.
+        # Without asking for the features of the other engine first: an engine without the function says so.
         _ = self._client.post(FUNCTION_ID, msgspec.json.encode({**asked, "_events": True}), done, first=first)
         return future
 
@@ -383,12 +388,12 @@ class RemoteEvents:
         except Unsupported as error:
             log.info("bridge to %s: changes come by a trigger, as %s", self._client.url, error)
             self._by_polls, self._by_trigger = False, True
-            if self._decided.is_set():  # another engine, older than the one before, is there now
+            if self._decided.is_set():  # the other engine was replaced by an older one
                 self._register_trigger()
             self._decided.set()
 
     async def _follow(self) -> None:
-        """Take in changes until there are no triggers. Raises Unsupported if the other engine cannot be asked."""
+        """Process changes until there are no triggers. Raises Unsupported if the other engine cannot be asked."""
         assert self._router is not None  # it was started
         while self._router.triggers.has_plain():
             try:
@@ -397,7 +402,7 @@ class RemoteEvents:
                 raise
             except Compacted as error:
                 if error.reason == "lost in a crash" and error.oldest not in (None, self.cursor):
-                    # What was lost never was, so no event of it is missing.
+                    # The lost changes never existed, so no event of them is missing.
                     log.warning("bridge: triggers were fired for changes that the previous owner had not saved")
                     self.cursor = error.oldest
                 else:
@@ -429,7 +434,7 @@ class RemoteEvents:
             try:
                 answer = _decode(await asyncio.shield(begin))
                 if self._begin is not begin:
-                    return  # there was a new connection, whose begin was sent before this one was answered
+                    return  # there is a new connection, whose first poll was sent before this one was answered
                 self._asked = self._begin_places
             except AWAY:
                 if self._begin is begin:
@@ -450,14 +455,14 @@ class RemoteEvents:
             self.cursor = told.cursor or self.cursor
         self.cursor = answer.cursor
         if self._begin is begin:
-            self._begin = None  # it is too old to begin there when changes are lost later
+            self._begin = None  # too old a start if changes are lost later
         if self._from:
             position = _position_of(answer.cursor)
             self._from = {place: begin for place, begin in self._from.items() if begin > position}
         self._tell_moved()
 
     async def _next_answer(self) -> bytes | None:
-        """Poll behind the cursor. None: something else is wanted now; the next poll goes on behind the same cursor."""
+        """Poll after the cursor. None: something else is wanted now; the next poll continues after the same cursor."""
         self._changed.clear()
         self._asked = self._wanted_now()
         poll = self._post({"limit": MOST, "wait_ms": self._longest_wait_ms, **self._behind_cursor()})
@@ -467,19 +472,20 @@ class RemoteEvents:
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         finally:
             changed.cancel()
-        # An answer without what is wanted now must not move the cursor on: that would pass over what was changed there.
+        # An answer that lacks newly wanted scopes must not move the cursor: that would skip their changes.
         return None if self._changed.is_set() else poll.result()
 
     def _behind_cursor(self) -> dict[str, Any]:
-        """Return the input of a poll for what is asked for behind the cursor."""
-        # What was told already is named beside a wider prefix, as behind the cursor all of it must be there.
+        """Return the input of a poll for the wanted changes after the cursor."""
+        # Scopes that were reported before are named beside a wider prefix: all their changes after the cursor are
+        # needed.
         known = {place: None for place in self._known if _has(self._asked, place)}
         known |= {place: None for place in self._asked if _has(self._known, place)}
         fresh = [place for place in self._asked if not _has(self._known, place)]
         return {"cursor": self.cursor, "_among": [*known, *fresh], "_fresh": len(fresh)}
 
     def _is_behind_begin(self, told: _Told) -> bool:
-        """Return whether a trigger was there when a change was made."""
+        """Return whether a trigger existed when a change was made."""
         if not told.cursor:
             return True
         position = _position_of(told.cursor)
@@ -519,7 +525,7 @@ class RemoteEvents:
                 return
 
     async def _catch_up(self) -> None:
-        """Wait until everything that was changed by now has fired here."""
+        """Wait until every change made by now has fired here."""
         asked = {"limit": 1, "_settled": True, "_among": self._wanted_now(), "_once": True}
         target = _decode(await self._post(asked)).cursor
         while self._wanted.is_set() and not self._by_trigger and not self._stopped:
@@ -535,11 +541,11 @@ class RemoteEvents:
                     if not found.changes and not self._changed.is_set():
                         return
                 except Compacted:
-                    pass  # the poll that is under way gets that too
+                    pass  # the poll in progress gets that too
             await moved.wait()
 
     def _report_lost(self, error: Compacted) -> None:
-        """Say that changes are lost: in health, now and then in the log, and each time to the hooks."""
+        """Report that changes are lost: in health, from time to time in the log, and each time to the hooks."""
         now_s = time.monotonic()
         if not self._lost or now_s - self._lost_s > SHOWN_S:
             log.error("bridge: changes in the other engine fired no local trigger: %s; give it `history`", error.reason)
@@ -552,9 +558,9 @@ class RemoteEvents:
     # ------------------------------------------------------------------- another engine that cannot be asked
 
     def _await_decision(self) -> None:
-        """Until it is known that the other engine can be asked for changes, have a trigger there as well.
+        """Until it is known whether the other engine can be asked for changes, also register a trigger there.
 
-        Its events wait: if it cannot, they are what has changed from the first moment on.
+        Its events wait: if the engine cannot be asked, they are the changes from the first moment on.
         """
         withdraw = self._register_trigger()
 
@@ -566,7 +572,7 @@ class RemoteEvents:
         self._deciding = asyncio.create_task(decide())
 
     def _register_trigger(self) -> Callable[[], object]:
-        """Have the other engine call a function here for every change. Return what withdraws that."""
+        """Make the other engine call a function here for every change. Returns a function that withdraws this."""
 
         async def on_event(payload: bytes) -> bytes | None:
             await self._decided.wait()
@@ -586,7 +592,7 @@ class RemoteEvents:
         # iii and older scopestate engines ignore `events`: they report changes of the first three kinds.
         trigger_id = self._client.register_trigger("state", function_id, {"events": _KINDS})
 
-        # The function stays: calls of it may be on their way.
+        # The function stays: calls of it may still arrive.
         return lambda: self._client.unregister_trigger(trigger_id)
 
 
@@ -614,7 +620,7 @@ def _position_of(cursor: str) -> int:
 
 
 def _is_behind(cursor: str, other: str) -> bool:
-    """Return whether a cursor is that place of the same store, or a later one."""
+    """Return whether a cursor is at the place of another one of the same store, or after it."""
     one, two = read_cursor(cursor), read_cursor(other)
     return one.store == two.store and _place(one) >= _place(two)
 

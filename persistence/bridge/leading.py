@@ -1,4 +1,4 @@
-"""How the calls of a bridge's scope get to the connection: by the caller itself, or by the connection's thread."""
+"""How the calls of a bridge's scope are sent: by the caller itself, or by the connection's thread."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ FREQUENT: Final = frozenset({Delete, Get, Set, Update})
 
 
 class Driven(Protocol):
-    """What drives the connection, if calls may do so themselves."""
+    """Access to the connection owner, for callers that may drive the connection themselves."""
 
     @property
     def owner(self) -> BridgeConnectionOwner | None:
-        """The connection owner; None: calls only hand over what they send."""
+        """The connection owner; None: callers only pass on what is to be sent."""
 
 
 class Late:
-    """An answer whose caller was cut short before it could take it in, as a message to the scope."""
+    """An answer whose caller was interrupted before it could process it, as a message to the scope."""
 
     __slots__ = ("call", "is_taken")
 
@@ -46,17 +46,16 @@ class Late:
 
 
 class LeadingScope(ScopeActor):
-    """A scope whose caller, on its own thread, sends its call and takes the answer in, if nothing else is under way.
+    """A scope whose caller sends its call and receives the answer on its own thread, if no other call is in progress.
 
-    Then the call is in none of the tables of the scope: the caller has the claim of the connection and that of the
-    scope, so nothing can overtake it, and there is nothing that a signal could leave half done. If the answer takes
-    long, the connection's thread goes on with the call, and `_adopt` enters it into the tables, before any other.
-
-    On the main thread nothing else is done but to leave a message: signal handlers run there.
+    Then the call is in none of the tables of the scope: the caller has the claims of the connection and of the scope,
+    so nothing can overtake it, and a signal cannot leave anything half done. If the answer takes long, the connection's
+    thread continues with the call, and `_adopt` enters it into the tables, before any other. On the main thread, where
+    signal handlers run, the call is only left as a message.
     """
 
     since = 0.0
-    """As `connections.pump.Item` wants it; a scope is not sent."""
+    """Required by `connections.pump.Item`; a scope is not sent."""
     _driven: Driven
 
     # ------------------------------------------------------------------------------------------------ for the scope
@@ -67,23 +66,23 @@ class LeadingScope(ScopeActor):
 
     @abstractmethod
     def _refuse(self, turn: Turn[Any], depth: int) -> None:
-        """Raise what refuses a turn now."""
+        """Raise the error that refuses a turn, if there is one."""
 
     @abstractmethod
     def _remote_call(self, turn: Turn[Any], depth: int) -> RemoteCall:
-        """Return the call that does a turn."""
+        """Return the call that carries out a turn."""
 
     @abstractmethod
     def _outcome(self, turn: Turn[A], remote: RemoteCall) -> Effects[A] | Exception | None:
-        """Return what a call has come to: effects, or what its caller gets. None: it must be sent again."""
+        """Return the outcome of a call: effects, or the error for its caller. None: it must be sent again."""
 
     @abstractmethod
     def _tell_changes(self, effects: Effects[Any], depth: int) -> None:
-        """Fire the events of what was done."""
+        """Fire the events of the changes."""
 
     @abstractmethod
     def _pass_on(self) -> None:
-        """Give what waits here to the actor that has replaced this one."""
+        """Give the waiting calls to the actor that has replaced this one."""
 
     @abstractmethod
     def _adopt(self, call: TurnCall, remote: RemoteCall) -> Any:
@@ -137,10 +136,10 @@ class LeadingScope(ScopeActor):
         return True
 
     def recover_led(self, call: TurnCall) -> None:
-        """A caller was cut short while it led. May be repeated."""
+        """Recover from the interruption of a caller while it led. May be repeated."""
         remote = call.remote
         if remote is not None and remote.done and remote.error is None and not call.done:
-            # It was done over there: its events are still to be fired.
+            # The other engine has done it: its events must still be fired.
             late = call.late = call.late or Late(call)
             if not late.is_taken and late not in self._mailbox:
                 self._mailbox.insert(0, late)
@@ -164,8 +163,8 @@ class LeadingScope(ScopeActor):
         envelope = Envelope(turn, call)
         envelope.depth = call.depth
         if not (mailbox or self._claim or self._closed) and type(turn) in FREQUENT and self.mailbox_limit > 0:
-            # As `post`, written out. Without the flag that it is arranged: that saves what a flag needs, and the next
-            # caller asks once more at worst.
+            # As `post`, written inline, but without the flag that says that it is arranged: that saves time, and at
+            # worst the next caller asks once more.
             self._largest = max(self._largest, turn.size())
             mailbox += (envelope,)
             owner = self._driven.owner
@@ -179,14 +178,14 @@ class LeadingScope(ScopeActor):
         if self._closed:
             self.send(envelope)
             return
-        # Not a turn on this thread: the connection's thread handles all that wait in one go.
+        # Not a turn on this thread: the connection's thread handles all waiting calls together.
         self._refuse_own_turn()
         self.post(envelope)
         if self._passivated:
             self._pass_on()
 
     def _may_turn_here(self) -> bool:
-        """True if a turn may run on this thread: signals do not cut it short, or it only refuses."""
+        """True if a turn may run on this thread: signals cannot interrupt it, or it only refuses."""
         return self._closed or self._driven.owner is None or get_ident() != _MAIN.ident
 
     # -------------------------------------------------------------------------------------------- on the connection's
@@ -200,6 +199,6 @@ class LeadingScope(ScopeActor):
         owner.post(self)
 
     def work_elsewhere(self) -> None:
-        """The connection has ended: what waits here is handled on the dispatcher's threads."""
+        """Let the dispatcher's threads handle the waiting calls: the connection has ended."""
         if self._mailbox:
             self._dispatcher.schedule(self)

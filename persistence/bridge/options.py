@@ -22,9 +22,9 @@ class BridgeOptions(Options, frozen=True):
     token: str | None = None
     """Bearer token, better as `${VARIABLE}`; never logged."""
     tls_ca_file: str | None = None
-    """PEM file of the authorities to trust for `wss://`; left out: the system's."""
+    """PEM file of the authorities to trust for `wss://`; if left out, those of the system."""
     tls_verify: bool = True
-    """`false`: accept any certificate, so any server may be at the other end."""
+    """`false`: accept any certificate, so any server can pose as the other engine."""
     connect_wait_ms: Wait = 5_000
     """How long a call waits for a connection before it fails with nothing sent."""
     call_timeout_ms: Wait = 20_000

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 def _demote(record: logging.LogRecord) -> bool:
-    """Log at level DEBUG: the connection for events, to the same engine, says what becomes of connections."""
+    """Log at level DEBUG: the connection for events, to the same engine, logs lost and new connections."""
     if record.levelno < logging.ERROR:
         record.levelno, record.levelname = logging.DEBUG, "DEBUG"
     return logging.getLogger(record.name).isEnabledFor(record.levelno)
@@ -51,7 +51,7 @@ _log: Final = logging.getLogger("scopestate.persistence.bridge.calls")
 _log.addFilter(_demote)
 
 _FRAME_ROOM: Final = 4096
-"""Bytes reserved for the rest of a message, beside its payload."""
+"""Bytes reserved for the rest of a message, in addition to its payload."""
 
 
 class BridgeConnectionOwner(
@@ -59,8 +59,8 @@ class BridgeConnectionOwner(
 ):
     """Drives the connection for calls.
 
-    What is posted: calls of the other engine, and scopes whose mailboxes wait for a turn. A call that needs a feature
-    of the other engine waits until that has said what it can do, which it is asked once on each connection.
+    Posted items are calls of the other engine, and scopes whose mailboxes wait for a turn. A call that needs a feature
+    of the other engine waits until that engine has said what it can do; it is asked once on each connection.
     """
 
     peer = "the other engine"
@@ -81,13 +81,13 @@ class BridgeConnectionOwner(
         `describe()` says more about the other engine in the error of a call that it does not answer.
         """
         if pauses_s is not None:
-            self.level = logging.DEBUG  # the caller tells what matters
+            self.level = logging.DEBUG  # the caller logs what matters
         super().__init__(target, TimeLimits(options.call_timeout_s, options.connect_wait_s), Means(deliver), pauses_s)
         self._bridge_target = target
         self._options = options
         self._describe = describe or (lambda: "")
         self._under_way: dict[str, RemoteCall | TurnCall] = {}
-        """By invocation id, in the order in which they were sent."""
+        """Calls in progress by invocation id, in the order in which they were sent."""
         self._features: Features | None = None
         self._asked = False
         self._parked: list[RemoteCall] = []
@@ -112,7 +112,10 @@ class BridgeConnectionOwner(
             self.post(call)
 
     def submit_turn(self, call: TurnCall) -> bool:
-        """Send a turn's call as it is, from the thread that drives the connection. False: `submit` says why not."""
+        """Send the call of a turn directly, from the thread that drives the connection.
+
+        False: use `submit`, which says why.
+        """
         options, ready = self._options, self._ready
         if len(call.payload) > options.max_message_bytes - _FRAME_ROOM:
             return False
@@ -159,7 +162,7 @@ class BridgeConnectionOwner(
             )
 
     def end(self) -> None:
-        """As of every connection owner; an attempt to connect ends as well."""
+        """As for every connection owner; also ends an attempt to connect."""
         super().end()
         self._bridge_target.abort()
 
@@ -181,7 +184,7 @@ class BridgeConnectionOwner(
         return ended is not None
 
     def send_alone(self, call: RemoteCall) -> bool | None:
-        """Send a call for the caller that leads, and wait a moment. True: it has its outcome. False: it is under way.
+        """Send a call for the leading caller, and wait a moment. True: it has its outcome. False: it is in progress.
 
         None: it was not sent, or the other engine has not begun it.
         """
@@ -189,7 +192,7 @@ class BridgeConnectionOwner(
         if connection is None or (call.needs is not None and self._features is None):
             return None
         self._led = call
-        # Looked at each time: whether a write that went into a dead connection was applied cannot be known.
+        # Checked each time: it cannot be known whether a write into a dead connection was applied.
         if connection.is_stale():
             self._drop_idle(connection)
             self._forget_features()
@@ -218,14 +221,14 @@ class BridgeConnectionOwner(
         return True
 
     def leave_to_thread(self, remote: RemoteCall, call: TurnCall | RemoteCall) -> None:
-        """Have the I/O thread wait for the answer of a call that was sent, and its caller for that thread."""
+        """Let the I/O thread wait for the answer of a call that was sent, and the caller wait for that thread."""
         self._leave_to_thread(call)
         remote.deadline = self._clock() + self._call_timeout_s
         self._under_way[remote.invocation_id] = remote
         self._led = None
 
     def _is_answer(self, call: RemoteCall, message: bytes) -> bool:
-        """Take a message in. True if it is the answer to this call."""
+        """Process a message. True if it is the answer to this call."""
         frame = self._read(message)
         if type(frame) is frames.InvocationResult and frame.invocation_id == call.invocation_id:
             call.error = failure_of(frame, call.function_id)
@@ -270,7 +273,7 @@ class BridgeConnectionOwner(
 
     def _sort_in(self, item: LeadingScope | RemoteCall | TurnCall, now: float) -> None:
         if type(item) is not RemoteCall:
-            scope: Any = item  # a turn's call is never posted: its scope is
+            scope: Any = item  # the call of a turn is never posted itself; its scope is
             scope.run_batch()
         elif item.error is not None:
             self._finish(item, None, item.error)
@@ -313,7 +316,7 @@ class BridgeConnectionOwner(
         return connection.frame(frames.call_text(call.function_id, invocation_id, payload, 0))
 
     def _frame_of(self, call: RemoteCall, connection: BridgeConnection) -> bytes | None:
-        """Return what to send for a call. None: it is refused, with its error set."""
+        """Return the bytes to send for a call. None: it is refused, with its error set."""
         if call.needs is not None:
             assert self._features is not None
             call.error = self._features.refusal(call.needs, self.address)
@@ -392,7 +395,7 @@ class BridgeConnectionOwner(
         self._unpark()
 
     def _forget_features(self) -> None:
-        """The connection is lost: the next one may be to another engine."""
+        """Forget the features, because the next connection may be to another engine."""
         self._features = None
         self._asked = False
         self._unpark()
@@ -458,7 +461,7 @@ class BridgeConnectionOwner(
             scope.work_elsewhere()
 
     def _pass_on(self) -> None:
-        """Refuse what waits if the other engine has refused this one: no attempt will change that."""
+        """Refuse the waiting calls if the other engine has refused this one: no further attempt will help."""
         if self._bridge_target.refused:
             self._refuse_waiting(NotConnected(f"{self._attempts.why_not}; nothing was sent"), float("-inf"))
 

@@ -1,4 +1,4 @@
-"""A scope that lives in another engine: it sends calls, takes answers in, and tells local triggers."""
+"""A scope that lives in another engine: it sends calls, processes the answers, and fires events for local triggers."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ MOST_REPEATS: Final = 10
 """How often a read, or a write with an idempotency key, is sent again after its connection was lost."""
 
 _REFERENCE: Final = frozenset({Delete, Everything, Get, Items, List, Set, Update})
-"""Turns that iii 0.11.6 can do, too."""
+"""Turns that iii 0.11.6 can do as well."""
 
 
 class Connection(Protocol):
@@ -65,36 +65,36 @@ class Connection(Protocol):
 
     @property
     def reports_changes(self) -> bool:
-        """True if the other engine reports every change, those made through here included."""
+        """True if the other engine reports every change, including those made through this bridge."""
 
     @property
     def transparent(self) -> bool:
-        """True if errors of the other engine are raised as it raises them: it has the same directory, not another."""
+        """True if errors of the other engine are raised unchanged: it is the owner of the same directory."""
 
     @property
     def leaving(self) -> bool:
-        """True from the moment at which no call is sent any more, as another backend takes the scopes over.
+        """True once no call is sent any more, because another backend takes over the scopes.
 
-        Of calls whose outcome comes after that, those that ended with NotConnected or EngineClosed were not sent.
+        Calls that then end with NotConnected or EngineClosed were not sent.
         """
 
     @property
     def owner(self) -> BridgeConnectionOwner | None:
-        """What drives the connection, if calls of a thread may do so themselves; then they go by it, not by `call`."""
+        """The connection owner, if callers may drive the connection themselves; then they use it instead of `call`."""
 
     def call(self, function_id: str, payload: bytes, done: Done, depth: int = 0, needs: Needs | None = None) -> None:
         """Send a call with its input as JSON, and return at once; calls are sent in the order in which they are made.
 
         `depth`: the event depth of the call, which the other engine gets. `needs`: what that engine must be able to do;
-        else the outcome is Unsupported, and nothing was sent.
+        otherwise the outcome is Unsupported, and nothing was sent.
 
         `done` is called exactly once, later and on another thread, never before `call` returns; it must not block.
-        Raises EngineClosed, and calls nothing, if the connection was closed for good.
+        Raises EngineClosed, and calls nothing, if the connection was closed permanently.
         """
 
 
 class _Ping:
-    """A Ping behind the calls before it."""
+    """A Ping that waits for the calls before it."""
 
     __slots__ = ("envelope", "waits_for")
 
@@ -120,7 +120,7 @@ class _Call:
         self.runs = False
         """True while it is computed."""
         self.followers: list[_Call | _Ping] = []
-        """What waits for this call, in the order in which it came."""
+        """The calls and pings that wait for this one, in order of arrival."""
 
 
 Sent = _Call | TurnCall
@@ -139,7 +139,7 @@ class _Answer:
 
 
 class _Adopt:
-    """A call that its caller has sent, and that the connection's thread goes on with, as a message to the scope."""
+    """A call that its caller has sent and the connection's thread continues, as a message to the scope."""
 
     __slots__ = ("call",)
 
@@ -148,7 +148,7 @@ class _Adopt:
 
 
 class _Computed:
-    """What a `modify` or `transact` has come to, as a message to the scope."""
+    """The outcome of a `modify` or `transact`, as a message to the scope."""
 
     __slots__ = ("call", "effects", "error")
 
@@ -159,7 +159,7 @@ class _Computed:
 
 
 class _KeyCalls:
-    """The calls on one key that are not answered, as far as later ones must wait for them."""
+    """The unanswered calls on one key that later ones must wait for."""
 
     __slots__ = ("reads", "write")
 
@@ -167,7 +167,7 @@ class _KeyCalls:
         self.write: Sent | None = None
         """The last write."""
         self.reads: dict[Sent, None] = {}
-        """The reads behind it."""
+        """The reads after it."""
         if only is not None:
             if only.turn.writes:
                 self.write = only
@@ -178,24 +178,24 @@ class _KeyCalls:
 class BridgeScope(LeadingScope):
     """One scope of another engine.
 
-    A turn never waits: it sends a call, or takes an answer in. So it may run on any thread, event loops included; the
-    caller waits for its reply. The other engine may run two calls of one connection in either order
+    A turn never waits: it sends a call, or processes an answer. So it may run on any thread, including those of event
+    loops; the caller waits for its reply. The other engine may run two calls of one connection in either order
     (docs/reference/protocol.md, section 1). So a write is sent when every earlier call on its keys has its answer, a
     read when every earlier write of its key has, and a list when every earlier write has. A write of the whole scope
     waits for all earlier calls, and all later ones wait for it. Local events are fired in the order of the answers,
     which for one key is the order of its writes.
 
     The function of a `modify` or `transact` runs on the thread of the caller, or on a worker thread if that caller does
-    not wait on a thread of its own: never on the connection's thread, which it would hold up.
+    not wait on a thread of its own: never on the connection's thread, which it would block.
     """
 
     def __init__(self, scope: str, around: Surroundings, connection: Connection) -> None:
         super().__init__(scope, around)
         self._connection = self._driven = connection
         self._open: dict[Sent, None] = {}
-        """Calls without an answer, in the order in which they came."""
+        """Calls without an answer, in order of arrival."""
         self._keys: dict[str, _KeyCalls | TurnCall] = {}
-        """What is under way for each key; a `TurnCall` that has no other call behind it is there as it is."""
+        """The calls in progress for each key; a `TurnCall` with no other call after it is stored directly."""
         self._barrier: Sent | None = None
         """The last write of the whole scope, if it has no answer yet."""
 
@@ -229,11 +229,11 @@ class BridgeScope(LeadingScope):
         self._take(envelope)
 
     def take_in(self, item: _Computed) -> None:
-        """Take what was computed, from the thread that has done so. Never blocks."""
+        """Take the outcome of a computation, from the thread that computed it. Never blocks."""
         self._take(item)
 
     def _take(self, item: Envelope | _Computed) -> None:
-        # Behind what waits: calls of one thread keep their order even if it does not wait for the first.
+        # After the waiting calls: calls of one thread keep their order even if it does not wait for the first.
         may_turn = not self._mailbox and self._may_turn_here()
         if not may_turn or self._if_idle(self._handle, item) is BUSY:
             if type(item) is Envelope:
@@ -242,7 +242,7 @@ class BridgeScope(LeadingScope):
                 if self._passivated:
                     self._pass_on()
             else:
-                # An answer must get in however full the mailbox is: it is what empties it.
+                # An answer must be accepted even if the mailbox is full: answers empty it.
                 self._enqueue(item)
 
     # --------------------------------------------------------------------------------------------------------- turns
@@ -254,7 +254,7 @@ class BridgeScope(LeadingScope):
         if kind is _Answer:
             self._finish(item.call, item.result, item.error)
         elif kind is _Computed:
-            if item.call in self._open:  # else it has ended: its caller was cut short while it delivered
+            if item.call in self._open:  # else it has ended: its caller was interrupted during the delivery
                 self._finish_computed(item.call, item.effects, item.error)
         elif kind is _Adopt:
             if not item.call.reply.abandoned:
@@ -275,7 +275,7 @@ class BridgeScope(LeadingScope):
             self._admit(_Call(item.message, item.reply_to, item.depth))
 
     def _admit(self, call: _Call) -> None:
-        """Send a call, now or behind those that it must not overtake. A refusal is its answer."""
+        """Send a call, now or after those that it must not overtake. A refusal is its answer."""
         if call.reply.abandoned:
             return
         try:
@@ -296,14 +296,14 @@ class BridgeScope(LeadingScope):
                 "done: slow down, or raise the limit"
             )
         if turn.writes:
-            # Of a write of the whole scope the keys are known when it has its answer: its events have no limit.
+            # The keys of a write of the whole scope are known only with its answer: limits do not apply to its events.
             for key in turn.keys or ():
                 self._refuse_if_full(key, depth)
 
     def _note_order(self, call: Sent) -> dict[Sent, None]:
-        """Return the calls that must be answered before this one is sent, and note it for those that come later.
+        """Return the calls that must be answered before this one is sent, and record it for later ones.
 
-        The last write of a key, and the reads behind it, are enough: they wait for the ones before them.
+        The last write of a key and the reads after it are enough: they wait for the calls before them.
         """
         turn, before = call.turn, dict[Sent, None]()
         if turn.keys is None and turn.writes:
@@ -358,7 +358,7 @@ class BridgeScope(LeadingScope):
         owner = self._connection.owner
         if owner is not None:
             waiter = call.reply.loop_reply
-            # Another thread may handle the answer that a task's call has waited for.
+            # Another thread may handle the answer that the call of a task waits for.
             if waiter is not None and waiter.loop is running_loop() and self._may_turn_here():
                 remote.loop = waiter.loop
             owner.submit(remote)
@@ -370,7 +370,7 @@ class BridgeScope(LeadingScope):
 
     def _answered(self, call: Sent, result: bytes | None, error: ScopestateError | None) -> None:
         """Take an answer from the connection's thread. Never blocks."""
-        # As `_take`, without a message unless it must wait: this is done for each call.
+        # As `_take`, but with a message only if it must wait: this happens for each call.
         answer = call, result, error
         if self._mailbox or self._if_idle(self._finish_answered, answer) is BUSY:
             self._enqueue(_Answer(*answer))
@@ -379,14 +379,14 @@ class BridgeScope(LeadingScope):
         self._finish(*answer)
 
     def _remote_call(self, turn: Turn[Any], depth: int) -> RemoteCall:
-        """As of `LeadingScope`. Raises Unsupported for a delivery that is over."""
+        """See `LeadingScope`. Raises Unsupported for a delivery that is over."""
         if type(turn) is DeliveryBatch and turn.fence.setdefault("won", "turn") != "turn":
             raise Unsupported("the transaction of a delivery", "its attempt has ended before its turn came")
         function_id, payload, needs = message_of(turn, self.scope)
         return RemoteCall(function_id, payload, None, depth, needs)
 
     def _begin(self, call: Sent) -> None:
-        """Have a `modify` or `transact` computed: by its caller, or on a worker thread."""
+        """Start the computation of a `modify` or `transact`: by its caller, or on a worker thread."""
         call.runs = True
         computation = Computation(
             lambda: self._compute(call), lambda effects, error: self.take_in(_Computed(call, effects, error))
@@ -418,7 +418,7 @@ class BridgeScope(LeadingScope):
         return compute(call.turn, self.scope, self._around.limits, ask)
 
     def _ask(self, turn: Turn[Any], depth: int, later: Needs | None) -> bytes | None:
-        """Have the other engine do a turn, and wait for its answer. Raises what the call has come to."""
+        """Run a turn in the other engine, and wait for its answer. Raises the error of the call."""
         remote = self._remote_call(turn, depth)
         if remote.needs is not None and later is not None:
             remote.needs = remote.needs._replace(later=later)
@@ -461,13 +461,13 @@ class BridgeScope(LeadingScope):
     def _begin_turn(self, call: TurnCall, item: Envelope) -> bool:
         """Send a call as `_admit` does, in fewer steps, if it is a frequent one and the only one on its key.
 
-        False: nothing was done. The call itself then stands in the tables, and goes to the connection: from there on it
-        may be used as every other.
+        False: nothing was done. Otherwise the call itself is put into the tables and given to the connection; from then
+        on it is like any other call.
         """
         turn, owner = item.message, self._connection.owner
         if type(turn) not in FREQUENT or owner is None or call.home is not None:
             return False
-        if item.depth or type(item.depth) is not int:  # of a handler, or of a trace
+        if item.depth or type(item.depth) is not int:  # from a handler, or with a trace
             return False
         key = turn.key
         if self._passivated or self._closed or self._barrier is not None or key in self._keys:
@@ -480,7 +480,7 @@ class BridgeScope(LeadingScope):
             try:
                 self._refuse_if_full(key, 0)
             except (ScopestateError, HandlerFull):
-                return False  # `_admit` says it
+                return False  # `_admit` raises it
         call.payload = _encode(turn.call(self.scope))
         call.function_id = turn.function_id
         if not owner.submit_turn(call):
@@ -492,7 +492,10 @@ class BridgeScope(LeadingScope):
         return True
 
     def finish_turn(self, call: TurnCall, result: bytes | None, over: list[Any]) -> None:
-        """Take the answer to such a call in, as `_answered` does. Those whose callers may go on are added to `over`."""
+        """Process the answer to such a call, as `_answered` does.
+
+        Calls whose callers may continue are added to `over`.
+        """
         claim, me = self._claim, get_ident()
         if claim or self._mailbox or not self._direct or claim.setdefault(HOLDER, me) != me:
             self._answered(call, result, None)
@@ -521,7 +524,7 @@ class BridgeScope(LeadingScope):
     # ------------------------------------------------------------------------------------------------------- answers
 
     def _finish(self, call: Sent, result: bytes | None, error: ScopestateError | None) -> None:
-        """Read the answer to a call, and send the call again if it was lost and may be repeated."""
+        """Process the answer to a call; send the call again if the answer was lost and the call may be repeated."""
         if error is not None and self._is_open_on(call, error):
             return
         try:
@@ -557,10 +560,10 @@ class BridgeScope(LeadingScope):
         elif isinstance(error, _REMOTE):
             self._settle(call, (), None, self._failure(call.turn, error))
         else:
-            self._settle(call, (), None, error)  # of the function, or of this side: it reaches the caller as it is
+            self._settle(call, (), None, error)  # an error of the function or of this side reaches the caller unchanged
 
     def _failure(self, turn: Turn[Any], problem: Exception) -> ScopestateError:
-        """Return what the caller gets for a failure."""
+        """Return the error that the caller gets for a failure."""
         if isinstance(problem, RemoteFailure):
             refusal = raised_by(problem) if self._connection.transparent else refusal_of(problem)
             if refusal is not None and refusal is not problem:
@@ -576,9 +579,9 @@ class BridgeScope(LeadingScope):
         return _unreachable(turn, problem) if self._connection.transparent else _via_bridge(turn, problem)
 
     def _settle(self, call: Sent, stored: tuple[Stored, ...], answer: Any, failure: BaseException | None) -> None:
-        """Fire the events of a call, give it its answer, and send what has waited for it.
+        """Fire the events of a call, give it its answer, and send the calls that have waited for it.
 
-        Events before answers: a caller that has its answer may call drain() and count on the event.
+        Events before answers: a caller that has its answer may call drain() and rely on the event.
         """
         self._tell_changes((stored, answer), call.depth)
         owner = self._connection.owner
@@ -604,7 +607,7 @@ class BridgeScope(LeadingScope):
                 self._fire(change.key, change.before, change.after, depth)
 
     def _end(self, ended: Sent) -> None:
-        """Forget a call, and start what has waited for it; a call that was given up meanwhile ends as well."""
+        """Forget a call, and start those that have waited for it; abandoned ones end as well."""
         ending: list[Sent] = [ended]
         while ending:
             call = ending.pop()
@@ -644,7 +647,7 @@ class BridgeScope(LeadingScope):
     def hand_over(self, successor: ScopeActor) -> None:
         self._take_in_waiting()
         self._passivated = True
-        self._take_in_waiting()  # what has come up to then; the sender of what comes from here on sees the flag
+        self._take_in_waiting()  # answers that came up to then; the sender of later ones sees the flag
         envelopes: list[Envelope] = []
         pings: dict[_Ping, None] = {}
         for call in list(self._open):
@@ -662,7 +665,7 @@ class BridgeScope(LeadingScope):
         successor.keep_order()
 
     def _take_in_waiting(self) -> None:
-        """Take in the answers that wait."""
+        """Process the waiting answers."""
         for item in self._mailbox[:]:
             if type(item) is not Envelope:
                 self._mailbox.remove(item)
@@ -681,7 +684,7 @@ class BridgeScope(LeadingScope):
             super()._drain_mailbox()
 
     def _pass_on(self) -> None:
-        """Give what waits here to the successor. On return, what this thread has left here is there."""
+        """Give the waiting calls to the successor. On return, it has everything that this thread has left here."""
         self._around.directory.exclusively(self._pass_on_waiting)
 
     def _pass_on_waiting(self) -> None:
@@ -700,11 +703,11 @@ _REMOTE: Final = (
     RemoteFailure,
     Unsupported,
 )
-"""What a call of the other engine raises."""
+"""The errors that a call of the other engine raises."""
 
 
 class _NotDone(Exception):
-    """A `modify` or `transact` has done nothing, as this side is leaving."""
+    """A `modify` or `transact` has done nothing, because this side is leaving."""
 
 
 def _envelope_of(call: Sent) -> Envelope:
@@ -714,7 +717,7 @@ def _envelope_of(call: Sent) -> Envelope:
 
 
 def _may_be_sent_again(turn: Turn[Any]) -> bool:
-    """Return whether it makes no difference how often the other engine gets a call."""
+    """Return whether a call has the same effect however often the other engine gets it."""
     if not turn.writes:
         return True
     while isinstance(turn, Durable | Once):
@@ -725,9 +728,9 @@ def _may_be_sent_again(turn: Turn[Any]) -> bool:
 
 
 def message_of(turn: Turn[Any], scope: str) -> tuple[str, bytes, Needs | None]:
-    """Return the call that has another engine do a turn: function id, input, and what that engine must be able to do.
+    """Return the call that runs a turn in another engine: function id, input, and what that engine must be able to do.
 
-    None: any engine can do it.
+    None for the last: any engine can do it.
     """
     function_id, fields = unwrapped(turn).function_id, turn.call(scope)
     needs = None if type(turn) in _REFERENCE else _needs(function_id, fields)
@@ -743,7 +746,10 @@ def _needs(function_id: str, fields: dict[str, Any]) -> Needs:
 
 
 def _effects_of(turn: Turn[Any], result: bytes | None) -> Effects[Any]:
-    """Return what the other engine has done. Raises RemoteFailure (`serialization_error`) for a result that differs."""
+    """Return the effects that the other engine reports.
+
+    Raises RemoteFailure (`serialization_error`) for a result that differs.
+    """
     try:
         return turn.effects_of(result)
     except (msgspec.DecodeError, DeserializationError) as error:

@@ -78,9 +78,9 @@ class FileAdapter(Store):
         """Open the store in constant time, creating the directory and the database if they are missing.
 
         `busy_timeout_ms`: how long to wait while another process, such as a sqlite3 tool, holds the database.
-        `terms`: what other processes are told. `existing`: a database that is missing is an error, as for a directory
-        that another process had open until now.
-        Raises `StoreLocked`, `StoreUnusable`, `StoreCorrupt` (the files were set aside), or `StorageError`.
+        `terms`: what the lock file tells other processes. `existing`: a missing database is an error, as for a
+        directory that another process had open until now. Raises `StoreLocked`, `StoreUnusable`, `StoreCorrupt` (the
+        files were set aside), or `StorageError`.
         """
         self._pid = os.getpid()
         self.directory = open_directory(directory)
@@ -232,11 +232,11 @@ class FileAdapter(Store):
         _opened.discard(self)
 
     def leave(self, torn: tuple[Sequence[ScopeChange], Sequence[ConsumerChange]] | None = None) -> None:
-        """Release the files as a process leaves them that is killed. Idempotent; waits for running calls.
+        """Release the files in the state in which a killed process leaves them. Idempotent; waits for running calls.
 
         The write-ahead log stays, for the next opening, and the end of the session is not noted. `torn`: what a save
-        was writing; half of that is on the disk, as after a power cut. For tests: the database is read into memory
-        meanwhile.
+        was writing; half of it is on disk, as after a power cut. For tests: the database is read into memory in the
+        meantime.
         """
         self._saving.run(self._leave, torn)
         _opened.discard(self)
@@ -254,7 +254,7 @@ class FileAdapter(Store):
                 log_path = self.path + "-wal"
                 files[log_path] = half_written(files[log_path] or b"", read_whole(log_path) or b"")
             self._disconnect()
-            self.journal.abandon()  # what a thread still notes reaches no file
+            self.journal.abandon()  # what a thread still records reaches no file
             for path, content in files.items():
                 write_whole(path, content)
             self._lock.leave()
@@ -361,7 +361,7 @@ class FileAdapter(Store):
             finally:
                 self._give_back(loan)
         except BaseException:
-            # Again, in case a KeyboardInterrupt cut the first call short: `close` waits for every loan.
+            # Again, in case a KeyboardInterrupt interrupted the first call: `close` waits for every loan.
             self._give_back(loan)
             raise
         return result

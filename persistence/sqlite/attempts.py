@@ -1,9 +1,9 @@
 """The file of attempts that have begun, so that they count even if the process is killed.
 
 A record is appended before a handler runs, without syncing: the page cache of the operating system outlives the
-process. The outcome of an attempt is in the database, so a record whose outcome is there is out of date and does no
-harm. When the file has grown, it is rewritten with the other records. If it is missing or damaged, attempts that a kill
-cut off do not count; nothing else is lost.
+process. The outcome of an attempt is in the database, so a record whose outcome is there is outdated and does no harm.
+When the file has grown, it is rewritten without those records. If it is missing or damaged, attempts that were
+interrupted by a kill are not counted; nothing else is lost.
 """
 
 from __future__ import annotations
@@ -58,18 +58,18 @@ class AttemptsFile:
         self._read()
 
     def note(self, attempts: Sequence[tuple[int, int, int]]) -> None:
-        """Note attempts that are about to begin."""
+        """Record attempts that are about to begin."""
         if attempts and os.getpid() == self._pid:
             self._guard.run(self._note, attempts)
 
     def settle(self, known: Iterable[tuple[Delivery, int]]) -> None:
-        """The outcome of these attempts, and of earlier ones of the same deliveries, is saved."""
+        """Remove these attempts, and earlier ones of the same deliveries: their outcomes are saved."""
         known = iter(known)
         while some := list(itertools.islice(known, 64)):  # attempts that begin must not wait for all of it
             self._guard.run(self._settle, some)
 
     def forget(self, deliveries: Iterable[Delivery]) -> None:
-        """Before these deliveries begin anew: no attempt of them counts any more."""
+        """Forget all attempts of these deliveries, which are about to start again."""
         self._guard.run(self._forget, deliveries)
 
     def close(self) -> None:
@@ -133,7 +133,7 @@ class AttemptsFile:
             self._failed = False
 
     def _rewrite(self) -> None:
-        """Write the file anew, with what is open. It is whole at each moment."""
+        """Rewrite the file with the open attempts. It is complete at every moment."""
         new = self._path + ".new"
         data = b"".join(self._record(*delivery, attempt) for delivery, attempt in self.open.items())
         try:

@@ -19,7 +19,7 @@ from scopestate.persistence.sqlite.statements import Parameter, Write, ladder
 from scopestate.persistence.sqlite.traces import restore_traces, write_traces
 
 KINDS: Final[tuple[EventType, ...]] = ("state:created", "state:updated", "state:deleted", "state:expired")
-"""The column `kind` is an index of it."""
+"""The column `kind` is an index into this."""
 _NUMBERS: Final = {kind: number for number, kind in enumerate(KINDS)}
 
 PAGE_ROWS: Final = 1000
@@ -39,13 +39,13 @@ _INSERT: Final = ladder(
 EVENT_WIDTH: Final = 13
 _STEP: Final = 64 * EVENT_WIDTH
 _STEP_BYTES: Final = 32 * 1024
-"""Rows are handed over in so many parameters, or bytes."""
+"""How many parameters, or bytes, of rows are passed on at a time."""
 
 EventRow = tuple[Parameter, ...]
 
 
 def sizes_of(events: Iterable[StateEvent]) -> list[int]:
-    """Return what each change counts in the journal, in bytes."""
+    """Return how many bytes each change counts in the journal."""
     return [
         EVENT_OVERHEAD + len(event.key) + len(event.old_json or b"") + len(event.new_json or b"") for event in events
     ]
@@ -83,7 +83,7 @@ def write_changes(
         for event, size in zip(log, sizes, strict=True)
     ]
     if len(logs) > 1:
-        # In the order of the table: rows that are appended are written a third quicker. No two have one position.
+        # In the order of the table: appended rows are written a third quicker. No two have the same position.
         rows.sort()
     if max(size for _, _, sizes in logs for size in sizes) > room // 4:
         _check_room(rows, room)
@@ -93,7 +93,7 @@ def write_changes(
     total = 0
     for position, scope, event, size in rows:
         revision, last = event.revision, event.transaction
-        # Written out, as is the collecting: with a call for each row it takes a third longer.
+        # Written inline, as is the collecting: with a call for each row it takes a third longer.
         parameters += (
             position,
             scope,
@@ -154,7 +154,7 @@ _PLAIN: Final = (
 
 
 class _Source:
-    """One order in which changes can be read: the statements for it."""
+    """The statements for one order in which changes can be read."""
 
     def __init__(self, table: str, where: str, order: str) -> None:
         rows = f"({_ROWS.format(journal=table)} WHERE {where} ORDER BY {order} LIMIT :limit)"
@@ -196,24 +196,24 @@ _NOT_A_PAGE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueErr
 def read_by_position(
     connection: sqlite3.Connection, after: int, upto: int | None, most: int, most_bytes: int
 ) -> list[StateEvent]:
-    """Return the changes behind a position, up to another one included, in order."""
+    """Return the changes after a position, up to and including another one, in order."""
     return _read(connection, _BY_POSITION, {}, after, upto, most, most_bytes)
 
 
 def read_of_scope(
     connection: sqlite3.Connection, scope: str, after: int, upto: int | None, most: int, most_bytes: int
 ) -> list[StateEvent]:
-    """Return the changes of a scope behind a revision, up to another one included, in order."""
+    """Return the changes of a scope after a revision, up to and including another one, in order."""
     return _read(connection, _OF_SCOPE, {"scope": scope}, after, upto, most, most_bytes)
 
 
 def read_at(connection: sqlite3.Connection, positions: Iterable[int]) -> list[StateEvent]:
-    """Return the changes at these positions, as far as they are there, in order."""
+    """Return the changes at these positions in order, leaving out those that are not there."""
     return _read_listed(connection, _AT, positions)
 
 
 def read_letter_events(connection: sqlite3.Connection, ids: Iterable[int]) -> list[StateEvent]:
-    """Return the events of dead letters, which are all there, by id."""
+    """Return the events of dead letters, all of which exist, by id."""
     return _read_listed(connection, LETTER_EVENTS, ids)
 
 
@@ -236,7 +236,7 @@ def _read(
     most: int,
     most_bytes: int,
 ) -> list[StateEvent]:
-    """Read pages until there are `most` rows, or rows of `most_bytes`. At least one, if there is one."""
+    """Read pages until there are `most` rows, or rows of `most_bytes`. At least one, if one exists."""
     found: list[StateEvent] = []
     names: dict[str, str] = {}
     last = _HIGHEST if upto is None else upto
@@ -280,7 +280,7 @@ def _page(
         if len(events) == count:
             return events
     except _NOT_A_PAGE:
-        pass  # the rows one by one name the one that is damaged
+        pass  # reading the rows one by one finds the damaged one
     except sqlite3.DataError as error:
         if primary_code(error) != sqlite3.SQLITE_TOOBIG:
             raise
@@ -326,7 +326,7 @@ def _decode(columns: Sequence[Any], names: dict[str, str]) -> list[StateEvent]:
 
 
 def _checked(values: list[list[msgspec.Raw]]) -> list[list[msgspec.Raw]]:
-    # A text that is no JSON, such as `1,2`, could pass for two values.
+    # A text that is not JSON, such as `1,2`, could pass for two values.
     if any(len(value) > 1 for value in values):
         raise ValueError("a value is not JSON")
     return values
@@ -393,14 +393,14 @@ _OF_ONE: Final = f"""
 
 
 def trimmed_up_to(connection: sqlite3.Connection, scope: str | None, prefix: str) -> int:
-    """Return the position behind which every change of a scope, or of those with a prefix, is in the journal."""
+    """Return the position after which every change of a scope, or of those with a prefix, is in the journal."""
     asked = {"scope": scope, "prefix": prefix, "high": end_of_prefix(prefix)}
     ((position,),) = connection.execute(_TRIMMED_UP_TO, asked).fetchall()
     return int(position)
 
 
 def gone_in_scope(connection: sqlite3.Connection, scope: str, revision: int, epoch: int) -> Gone | None:
-    """Return why the changes of a scope behind a revision are not all in the journal; None if they are."""
+    """Return why the changes of a scope after a revision are not all in the journal; None if they are."""
     rows = connection.execute(_OF_ONE, {"scope": scope, "revision": revision}).fetchall()
     # A scope that was never saved begins each epoch at a multiple of RESERVED.
     saved, begins, floor, before, behind = rows[0] if rows else (0, epoch * RESERVED, 0, None, None)
@@ -413,7 +413,7 @@ def gone_in_scope(connection: sqlite3.Connection, scope: str, revision: int, epo
     if (revision - known) % RESERVED == 0:
         return None
     following = behind if behind is not None else begins if revision > saved else saved
-    # Numbers of one session are nearer than half of what is skipped after an end that was not in order.
+    # Numbers of one session are closer together than half of the gap after an unclean end.
     return "lost in a crash" if following - revision >= RESERVED // 2 else None
 
 
@@ -459,6 +459,6 @@ def write_letters(connection: sqlite3.Connection, letters: Iterable[tuple[int, L
 
 
 def _text(text: str) -> str:
-    # Of an error the beginning says most; of a traceback the end. Lone surrogates cannot be stored.
+    # The beginning of an error says most, and the end of a traceback. Lone surrogates cannot be stored.
     kept = text if len(text) <= LETTER_TEXT else f"{text[: LETTER_TEXT // 2]}\n...\n{text[-LETTER_TEXT // 2 :]}"
     return kept.encode(errors="backslashreplace").decode()

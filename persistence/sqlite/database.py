@@ -14,7 +14,7 @@ Connect = Callable[[str], sqlite3.Connection]
 """Opens a database, given a `file:` URI. Tests pass one that injects faults."""
 
 LIBRARY_ERRORS = (sqlite3.Error, OverflowError, UnicodeError)
-"""What the sqlite3 module raises: its own errors, and others for ints over 64 bits and for lone surrogates."""
+"""The errors that the sqlite3 module raises: its own, and others for ints over 64 bits and for lone surrogates."""
 
 _CACHED_STATEMENTS = 64
 _CORRUPT = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}

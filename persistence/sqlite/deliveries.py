@@ -29,7 +29,7 @@ _LONGEST_ERROR: Final = 4096
 
 
 class Progress(msgspec.Struct):
-    """How far a consumer is, as it was saved."""
+    """The saved progress of a consumer."""
 
     done: int
     pending: set[int]
@@ -42,20 +42,20 @@ class Progress(msgspec.Struct):
 
 
 class Deliveries:
-    """What is saved of consumers, and the statements that change it. Within transactions of the store's writer."""
+    """The saved state of consumers, and the statements that change it. Within transactions of the store's writer."""
 
     def __init__(self) -> None:
         self._known: dict[int, Progress] | None = None
         self.settled: set[int] = set()
-        """Positions of pending deliveries that are over since the trimmer has looked: it may have passed them."""
+        """Positions of pending deliveries that have ended since the trimmer last checked: it may have passed them."""
 
     def forget(self) -> None:
-        """A transaction was rolled back: what is known of it is read again."""
+        """Forget what is known, because a transaction was rolled back: it is read again."""
         self._known = None
         self.settled.clear()
 
     def progress(self, connection: sqlite3.Connection) -> dict[int, Progress]:
-        """Return how far each consumer is."""
+        """Return the progress of each consumer."""
         if self._known is None:
             known = {
                 consumer: Progress(done, set(), set())
@@ -68,7 +68,7 @@ class Deliveries:
         return self._known
 
     def write(self, connection: sqlite3.Connection, changes: Iterable[ConsumerChange]) -> None:
-        """Apply what has changed of consumers, in order. What is for a consumer that is not there is left out."""
+        """Apply the changes of consumers, in order. Those for a consumer that does not exist are left out."""
         known = self.progress(connection)
         for change in changes:
             of = known.get(change.consumer)
@@ -121,7 +121,7 @@ class Deliveries:
                 "SELECT scope, number FROM scopes WHERE scope IN (SELECT value FROM json_each(?))", (_json(names),)
             ).fetchall()
         )
-        # The journal has had the event, so its scope is there.
+        # The journal had the event, so its scope exists.
         write_letters(connection, [(numbers[letter.event.scope], letter) for letter in letters])
 
     # --------------------------------------------------------------------------------------------- single transactions
@@ -140,7 +140,7 @@ class Deliveries:
         return SavedConsumer(number, name, wanted, now_ms, None, done, set(), {}, {}, 0)
 
     def skip(self, connection: sqlite3.Connection, consumer: int, positions: Sequence[int], paused: str) -> None:
-        """Have a consumer lose its oldest deliveries, and note why it is paused."""
+        """Drop the oldest deliveries of a consumer, and record why it is paused."""
         of = self.progress(connection).get(consumer)
         if of is None:
             return
@@ -155,7 +155,7 @@ class Deliveries:
         self.settled |= gone
 
     def remove(self, connection: sqlite3.Connection, consumer: int) -> None:
-        """Remove a consumer and all that it has."""
+        """Remove a consumer with its deliveries and dead letters."""
         known = self.progress(connection)
         for statement in (
             "DELETE FROM deliveries WHERE consumer = ?",

@@ -59,7 +59,7 @@ def write_whole(path: str, content: bytes | None) -> None:
 
 
 def half_written(before: bytes, after: bytes) -> bytes:
-    """Return a file that had one content and was to have another one, when half of what differs was written."""
+    """Return the content of a file in the middle of a write: half of the differing bytes are those of `after`."""
     old = before.ljust(len(after), b"\0")[: len(after)]
     begin = _same(old, after)
     if begin == len(after):

@@ -1,4 +1,4 @@
-"""The journal of a store in a directory: what `actors/journal.py` asks for, on the connections of the adapter."""
+"""The journal of a store in a directory: implements `actors/journal.py` on the connections of the adapter."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from scopestate.persistence.sqlite.trimming import Trimmer
 _T = TypeVar("_T")
 
 TRIMMED_BY_A_SAVE: Final = 2000
-"""Changes that a save removes, beside four for each that it writes: a millisecond or two, and more than it adds."""
+"""Changes that a save removes, in addition to four for each that it writes. Takes a millisecond or two."""
 TRIMMED_ALONE: Final = 20_000
 """Changes that `trim` removes: 50 to 100 ms, in which no save runs."""
 
@@ -79,7 +79,10 @@ class SavedJournal(Journal):
         written: int,
         now_ms: int,
     ) -> None:
-        """Write what a save has of consumers, and trim. `logged`: scopes that got changes; `written`: how many."""
+        """Write the changes of consumers in a save, and trim.
+
+        `logged`: scopes that got changes; `written`: how many.
+        """
         if consumers:
             self._deliveries.write(connection, consumers)
         if self.settled > self._noted:
@@ -99,7 +102,7 @@ class SavedJournal(Journal):
         )
 
     def written(self, consumers: Sequence[ConsumerChange]) -> None:
-        """The transaction is on disk."""
+        """Note that the transaction is on disk."""
         self._noted = max(self._noted, self.settled)
         self.behind = self._trimmer.behind
         if consumers:
@@ -115,12 +118,12 @@ class SavedJournal(Journal):
             )
 
     def rolled_back(self) -> None:
-        """The transaction was rolled back."""
+        """Note that the transaction was rolled back."""
         self._deliveries.forget()
         self._trimmer.forget()
 
     def close(self) -> None:
-        """The store is closed in order."""
+        """Close it with the store, which ends cleanly."""
         self._attempts.close()
 
     def abandon(self) -> None:

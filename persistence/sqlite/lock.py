@@ -23,7 +23,7 @@ if sys.platform == "win32":  # pragma: no cover - the tests run on POSIX
     import msvcrt
 
     def _lock(descriptor: int) -> None:
-        # One byte far behind the content, which other processes can then still read.
+        # One byte far after the content, which other processes can then still read.
         os.lseek(descriptor, 1 << 20, os.SEEK_SET)
         msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
 
@@ -55,23 +55,23 @@ _FLAGS = (
     | getattr(os, "O_NONBLOCK", 0)  # opening a pipe of this name must not wait
 )
 _HELD: Final = frozenset({errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK, errno.EDEADLK})
-"""Errors by which a system says that another process holds the lock. Any other: it cannot lock this file."""
+"""Errors that mean that another process holds the lock. Any other error: the system cannot lock this file."""
 NOT_SHARED: Final = "it has opened the store without an engine, or with an earlier version"
 
 
 class Terms(msgspec.Struct, frozen=True):
-    """What a process that takes a directory lets the others know in its record."""
+    """What a process that takes a directory tells other processes in its record."""
 
     alone: str | None = NOT_SHARED
     """Why its engine does not share the directory; None: it does."""
     passing: bool = False
     """Whether it is a tool, which ends soon."""
     settings: dict[str, str] = {}
-    """Name of a setting -> what tells it from others, so that a follower can compare it with its own."""
+    """Name of a setting -> a text for its value, which a follower compares with its own."""
 
 
 ALONE: Final = Terms()
-"""Those of a program that is no engine."""
+"""The terms of a program that is not an engine."""
 
 
 class Holder(Terms, frozen=True, kw_only=True):
@@ -89,7 +89,7 @@ class Holder(Terms, frozen=True, kw_only=True):
         return self.host == socket.gethostname()
 
     def may_live(self) -> bool:
-        """Return whether the process may be there."""
+        """Return whether the process may still exist."""
         if not self.is_here:
             return True
         try:

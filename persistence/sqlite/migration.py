@@ -1,11 +1,12 @@
-"""Stores of earlier versions. Version 2 gets its new tables in one transaction, as it has all the rows already.
+"""Stores of earlier versions.
 
-Of version 1 the content is written into a new file, which then takes the place of the old one.
+Version 2 gets its new tables in one transaction, because it has all the rows already. The content of a version 1 store
+is written into a new file, which then replaces the old one.
 
-The old file is not changed until the new one is complete and on the disk, so a process that is killed leaves one of
-them whole. The same copy is what `StoreReader` reads, in a temporary directory, without changing the store.
+The old file is not changed until the new one is complete and on the disk, so a killed process leaves one of them
+intact. The same copy is what `StoreReader` reads, in a temporary directory, without changing the store.
 
-Refused: changing the tables in one transaction. The file would keep the pages of the old tables (244 MB in place of 94
+Refused: changing the tables in one transaction. The file would keep the pages of the old tables (244 MB instead of 94
 for a million keys), and it takes longer.
 """
 
@@ -33,7 +34,7 @@ from scopestate.persistence.sqlite.schema import (
 log = logging.getLogger("scopestate.persistence.file")
 
 _HIGHEST: Final = HIGHEST_REVISION - RESERVED
-"""A scope with a higher number could hardly be written to: it begins anew behind its keys."""
+"""A scope with a higher number could hardly be written to: it continues after the numbers of its keys."""
 
 _SCOPES: Final = """
     INSERT INTO scopes (scope, revision, epoch, due, floor, floor_at, events, bytes)
@@ -45,7 +46,7 @@ _SCOPES: Final = """
           GROUP BY scope)
     ORDER BY scope
 """
-# The keys of a scope are numbered anew, in their order: positions of version 1 may be equal, or above what we hold.
+# The keys of a scope are renumbered in their order: positions of version 1 may be equal, or too high for us.
 _EXTENTS: Final = f"""
     WITH RECURSIVE needed (scope, high, highest) AS (
         SELECT number, 0, count(*) >> {EXTENT_BITS} FROM old.state JOIN scopes USING (scope) GROUP BY number
@@ -53,7 +54,7 @@ _EXTENTS: Final = f"""
     )
     INSERT INTO extents (extent, scope, high) SELECT row_number() OVER (ORDER BY scope, high), scope, high FROM needed
 """  # noqa: S608 - constants
-# Which write changed a key last is not known; it was the scope's last one, or an earlier one.
+# The last write of a key is not known; it was the scope's last one, or an earlier one.
 _STATE: Final = f"""
     INSERT INTO state (id, key, revision, expires, value)
     SELECT extents.extent << {EXTENT_BITS} | (place & {EXTENT_MASK}), key, scopes.revision, NULL, value
@@ -99,16 +100,16 @@ def rebuild(old_uri: str, path: str, connect: Connect = connect) -> int:
 
 
 def migrate(connection: sqlite3.Connection, path: str, connect: Connect) -> None:
-    """Bring the version 1 database `path`, open as `connection`, to the present version. Closes the connection.
+    """Migrate the version 1 database `path`, open as `connection`, to the present version. Closes the connection.
 
-    Raises `StoreCorrupt` if it cannot be read whole, and library errors; then it is as it was.
+    Raises `StoreCorrupt` if it cannot be read whole, and library errors; then it is unchanged.
     """
     new = path + ".migrating"
     try:
-        # Both end in an error while another program has the database open. The file is whole then without a log.
+        # Both fail while another program has the database open. Afterwards the file is complete without a log.
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         connection.execute("PRAGMA journal_mode = DELETE").fetchall()
-        connection.execute("BEGIN IMMEDIATE")  # no other program writes until the new file is there
+        connection.execute("BEGIN IMMEDIATE")  # no other program writes until the new file is in place
         if os.path.lexists(new):
             os.unlink(new)  # left by a process that was killed
         create_private(new)
@@ -149,7 +150,7 @@ PRAGMA user_version = {VERSION}
 
 
 def upgrade(connection: sqlite3.Connection, path: str) -> None:
-    """Bring a database of version 2 to the present one, in one transaction; others stay as they are."""
+    """Migrate a database of version 2 to the present version, in one transaction; others stay unchanged."""
     if version_of(connection, path) != 2:
         return
     connection.execute("BEGIN IMMEDIATE")

@@ -1,4 +1,4 @@
-"""How much of the journal is kept for consumers, and which events those of one consumer are."""
+"""How much of the journal is kept for consumers, and which events are kept for one consumer."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ class Opened(NamedTuple):
     identity: os.stat_result
     """The status of the database file."""
     lost: str | None
-    """Which saved writes are missing in it; None if none are."""
+    """The saved writes that are missing in it; None if none are."""
     session: Session
 
 
@@ -131,7 +131,7 @@ def _open_locked(path: str, lock: StoreLock, open_: Open) -> tuple[sqlite3.Conne
         try:
             killed = False
             if version_of(connection, path) == 1:
-                killed = lock.committed is not None  # version 1 notes its end nowhere else
+                killed = lock.committed is not None  # version 1 records its end nowhere else
                 missing = _report_lost(connection, path, lock.committed)
                 migrate(connection, path, open_)
                 connection = open_(database_uri(path, "rw"))
@@ -139,7 +139,7 @@ def _open_locked(path: str, lock: StoreLock, open_: Open) -> tuple[sqlite3.Conne
             else:
                 _prepare(connection, path)
                 missing = _report_lost(connection, path, lock.committed)
-            # Finds out now, not at the first save, whether the database may be written.
+            # To find out now, not at the first save, whether the database may be written.
             session = begin_session(connection, lost=missing is not None or killed)
             note_traces(connection)
         except BaseException:

@@ -59,9 +59,9 @@ class StoreFacts(msgspec.Struct, frozen=True):
     id: str
     """Given to the store when it was created; a copy of the directory has the same."""
     in_use: bool
-    """True while an engine has it open; also if the last one ended without closing it."""
+    """True while an engine has it open, or if the last one ended without closing it."""
     ends: int
-    """How often an engine ended without closing it. After each, the numbers of writes go on with a gap."""
+    """How often an engine ended without closing it. After each such end, the numbers of writes continue with a gap."""
     saved_ms: int
     """When it was saved last, in milliseconds since the epoch; 0 if that is not known."""
     expired: int

@@ -19,7 +19,7 @@ APPLICATION_ID: Final = 0x73636F70
 VERSION: Final = 3
 
 RESERVED: Final = 2**32
-"""Numbers that a scope may give after those that are saved. They are skipped if the store was not closed in order."""
+"""Numbers that a scope may assign after the saved ones. They are skipped if the store was not closed cleanly."""
 HIGHEST_REVISION: Final = 2**53 - 1
 """Programs in JavaScript read numbers as doubles."""
 
@@ -249,10 +249,10 @@ class Session(NamedTuple):
 
 
 def begin_session(connection: sqlite3.Connection, *, lost: bool) -> Session:
-    """Note on the disk that the store is in use.
+    """Record on disk that the store is in use.
 
-    `lost`: saved writes are missing. Then, or if the store was not closed in order, a new epoch begins: scopes may have
-    given numbers that are not saved, and must not give them again. One commit, before any scope gives a number.
+    `lost`: saved writes are missing. Then, or if the store was not closed cleanly, a new epoch begins: scopes may have
+    assigned numbers that are not saved, and must not assign them again. One commit, before any scope assigns a number.
     """
     connection.execute("BEGIN IMMEDIATE")
     try:
@@ -262,7 +262,7 @@ def begin_session(connection: sqlite3.Connection, *, lost: bool) -> Session:
             epoch, position = max(epochs) + 1, max(epochs.values()) + EPOCH_STEP
             epochs[epoch] = position
             connection.execute("INSERT INTO epochs VALUES (?, ?)", (epoch, position))
-        # One position is left out: what is saved without a log comes behind every cursor of an earlier session.
+        # One position is left out, so that changes saved without a log come after every cursor of an earlier session.
         epochs[max(epochs)] += 1
         connection.execute("UPDATE epochs SET position = ? WHERE epoch = ?", (epochs[max(epochs)], max(epochs)))
         connection.execute("UPDATE store SET clean = 0")
@@ -275,9 +275,9 @@ def begin_session(connection: sqlite3.Connection, *, lost: bool) -> Session:
 
 
 def end_session(connection: sqlite3.Connection, clock_ms: int, settled: int) -> None:
-    """Note that everything was saved: the next session goes on with the next number of each scope, and the journal.
+    """Record that everything was saved, so that the next session continues with the next numbers.
 
-    `settled` is the last position that was given. What an interrupted call has left open is begun anew.
+    `settled` is the last position that was assigned. What an interrupted call has left open is started again.
     """
     if connection.in_transaction:
         connection.execute("ROLLBACK")
@@ -293,7 +293,7 @@ def end_session(connection: sqlite3.Connection, clock_ms: int, settled: int) -> 
 
 
 def note_settled(connection: sqlite3.Connection, position: int) -> None:
-    """Note that everything up to a position is saved, within the caller's transaction."""
+    """Record that everything up to a position is saved, within the caller's transaction."""
     connection.execute(
         "UPDATE epochs SET position = ? WHERE epoch = (SELECT max(epoch) FROM epochs) AND position < ?",
         (position, position),

@@ -1,7 +1,7 @@
-"""The traces of the changes in the journal and of dead letters: a table of its own, made when the first one is written.
+"""The traces of the changes in the journal and of dead letters: a separate table, made when the first trace is written.
 
-A store of a program without traces has neither the table nor a row more, and is the same file as without this module.
-An earlier scopestate ignores the table; the triggers of the database keep it in step there as well.
+The store of a program without traces does not have the table, and is the same file as without this module. An earlier
+scopestate ignores the table; the triggers of the database keep it in step there as well.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _READ: Final = "SELECT position, trace FROM traces WHERE position IN (SELECT val
 
 
 def note_traces(connection: sqlite3.Connection) -> None:
-    """Have `restore_traces` look for them from now on, in this process, if the database has any."""
+    """Make `restore_traces` look for traces from now on, in this process, if the database has any."""
     if _has_table(connection):
         TracedDepth.is_used = True
 

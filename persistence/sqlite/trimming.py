@@ -1,8 +1,8 @@
-"""What the journal does not need any more is removed, a part in each save.
+"""Removes changes that the journal no longer needs, some of them in each save.
 
-A change is needed by the consumers that may want events of its scope and have not done with it, and by the history rule
-of its scope. Without a history rule, whole stretches of the journal are removed behind the slowest of the consumers;
-scopes that want the same consumers are looked at together. With one, the oldest changes of the scope go first.
+A change is needed by the consumers that may want events of its scope and have not finished with it, and by the history
+rule of its scope. Without a history rule, whole sections of the journal are removed up to the slowest of the consumers;
+scopes with the same consumers are handled together. With a rule, the oldest changes of the scope are removed first.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ Group = frozenset[int]
 _PAGE: Final = 1000
 _SCOPES_AT_ONCE: Final = 256
 _LOOK_AGAIN_MS: Final = 1000
-"""The scopes are looked at in turn, some of them in each such time: for the age of changes, and for new rules."""
+"""In each such period some of the scopes are checked, in turn: for the age of changes, and for new rules."""
 _LOOK_COST: Final = 16
-"""Looking at so many changes costs as much as removing one."""
+"""Checking this many changes costs as much as removing one."""
 _SLACK: Final = 32
-"""A history is cut when it exceeds a limit by one part in so many: not by a change or two in each save."""
+"""A history is cut when it exceeds a limit by one part in this many, instead of by a change or two in each save."""
 _KNOWN_SCOPES: Final = 16384
 
 _DELETE: Final = ladder("DELETE FROM journal WHERE position IN (", "?", ")")
@@ -87,24 +87,25 @@ class _Kept(msgspec.Struct, frozen=True):
 
 
 class Trimmer:
-    """Removes changes within transactions of the store's writer. Remembers how far it has looked."""
+    """Removes changes within transactions of the store's writer. Remembers how far it has checked."""
 
     def __init__(self) -> None:
         self.behind = False
         """True if there was more to do than the last call was allowed to."""
         self._rules: Callable[[], Rules | None] = lambda: None
-        """The rules of the last call, weakly: they refer to the engine, which may be dropped before its store."""
+        """A weak reference to the rules of the last call: they refer to the engine, which may be dropped before its
+        store."""
         self._kept: dict[int, _Kept] = {}
         self._swept: dict[Group, int] = {}
-        """Consumers of scopes -> up to where their changes were looked at."""
+        """Consumers of scopes -> the position up to which their changes were checked."""
         self._over: set[int] = set()
         """Scopes whose histories were not cut to their limits yet."""
         self._looked_ms = 0
         self._looked_at = 0
-        """The last scope that was looked at in turn."""
+        """The last scope that was checked in turn."""
 
     def forget(self) -> None:
-        """A transaction was rolled back: look at everything again."""
+        """Check everything again, because a transaction was rolled back."""
         self._swept.clear()
         self._kept.clear()
         self._over.clear()
@@ -121,10 +122,10 @@ class Trimmer:
         now_ms: int,
         most: int,
     ) -> None:
-        """Remove what is not needed, about `most` changes.
+        """Remove changes that are not needed, about `most` of them.
 
-        `logged`: the numbers of the scopes that have got changes. `settled`: positions to look at again, which are
-        taken out when they were.
+        `logged`: the numbers of the scopes that got changes. `settled`: positions to check again; each is removed once
+        it was checked.
         """
         if rules is not self._rules():
             self.forget()
@@ -135,7 +136,7 @@ class Trimmer:
         work = _Work(connection, progress, now_ms, most)
         self._look_at(work, sorted(settled), settled)
         self._cut(work, {*self._over, *logged})
-        work.flush()  # what follows reads how much there is of each scope
+        work.flush()  # the code below reads how much there is of each scope
         self._look_in_turn(work)
         for group in list(self._swept):
             self._sweep(work, group)
@@ -168,13 +169,13 @@ class Trimmer:
         for number, name in work.connection.execute(_NAMES, (msgspec.json.encode(sorted(unknown)).decode(),)):
             self._keep(number, name)
         for number in unknown - self._kept.keys():
-            self._kept[number] = _Kept(frozenset(), None)  # of no scope: `check` says so
+            self._kept[number] = _Kept(frozenset(), None)  # it belongs to no scope: `check` reports it
 
     def _keep(self, number: int, name: str) -> _Kept:
         if (kept := self._kept.get(number)) is not None:
             return kept
         rules = self._rules()
-        assert rules is not None  # `trim` has seen to it
+        assert rules is not None  # `trim` has made sure of it
         kept = self._kept[number] = _Kept(frozenset(rules.consumers(name)), rules.history(name))
         if kept.history is None:
             self._swept.setdefault(kept.group, 0)
@@ -245,7 +246,7 @@ class Trimmer:
     # --------------------------------------------------------------------------------------------------------- others
 
     def _sweep(self, work: _Work, group: Group) -> None:
-        """Remove the changes that all consumers of a group have done with, of scopes without a history."""
+        """Remove the changes of scopes without a history that all consumers of a group have finished with."""
         after, low = self._swept[group], work.low(group)
         while work.left > 0 and after < low:
             rows = work.rows(_SWEEP, after=after, upto=low, limit=_PAGE)
@@ -256,7 +257,7 @@ class Trimmer:
             work.remove(gone, whole=len(gone) == len(rows))
             after = rows[-1].position if len(rows) == _PAGE else low
         if after >= low and not work.is_needed(group):
-            self._swept.pop(group, None)  # no consumer: no more of them are written
+            self._swept.pop(group, None)  # no consumer: no more such changes are written
         elif group in self._swept:
             self._swept[group] = after
 
@@ -272,9 +273,9 @@ class _Work:
         self.connection = connection
         self.now_ms = now_ms
         self.left = most
-        """So many changes may still be removed."""
+        """How many changes may still be removed."""
         self.pending: set[int] = set()
-        """Positions that a delivery needs which is not over."""
+        """Positions that are needed by deliveries that are not over."""
         for one in progress.values():
             if one.pending:
                 self.pending |= one.pending
@@ -285,11 +286,11 @@ class _Work:
         """Scope -> the highest revision and position that were removed, how many changes, and their sizes."""
 
     def is_needed(self, group: Group) -> bool:
-        """Tell whether one of the consumers is there."""
+        """Tell whether one of the consumers exists."""
         return any(consumer in self._progress for consumer in group)
 
     def low(self, group: Group) -> int:
-        """Return the position up to which every consumer of a group has done with its events, pending ones apart."""
+        """Return the position up to which every consumer of a group has finished its events, except pending ones."""
         low = self._lows.get(group)
         if low is None:
             dones = [self._progress[consumer].done for consumer in group if consumer in self._progress]
@@ -311,9 +312,10 @@ class _Work:
         return [_Row(*row) for row in zip(*columns, strict=True)]
 
     def remove(self, rows: Sequence[_Row], *, whole: bool = False) -> None:
-        """Remove changes. Of a scope, those in front of them are removed too, or needed for a pending delivery only.
+        """Remove changes.
 
-        `whole`: there are no others between the first and the last of them.
+        Earlier changes of the same scopes are removed too, or are only needed for a pending delivery. `whole`: there
+        are no others between the first and the last of them.
         """
         self.left -= len(rows)
         if whole and rows:
@@ -333,7 +335,7 @@ class _Work:
                 cut[3] += row.size
 
     def remove_first(self, scope: int, count: int, low: int) -> tuple[int, int] | None:
-        """Remove the oldest changes of a scope; return how many, and their sizes. None: one is needed behind `low`."""
+        """Remove the oldest changes of a scope; return how many, and their sizes. None: one after `low` is needed."""
         self._deleted.flush()
         ((revision, position, found, size),) = self.connection.execute(_FIRST_OF_SCOPE, (scope, count)).fetchall()
         if position > low or not found:
@@ -347,7 +349,7 @@ class _Work:
         return found, size
 
     def flush(self) -> None:
-        """Run what was collected, and note it in the rows of the scopes."""
+        """Run the collected removals, and record them in the rows of the scopes."""
         self._deleted.flush()
         lower = Write(self.connection, _LOWER, 5)
         for scope, cut in self._cut.items():
