@@ -48,9 +48,10 @@ RESULTS = Path("bench-results")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what was asked for and report it.
+    """Run the selected benchmarks and report the results.
 
-    The exit status says that it ran, not what it reached; with `--against` it is 1 if a row costs more than the limit.
+    The exit status is 0 if they ran, whatever their results; with `--against` it is 1 if a row costs more than the
+    limit.
     """
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it works, not how fast it is")
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, measure in measures.items():
         began = time.perf_counter()
         rows += measure(QUICK if options.quick else FULL)
-        # On stderr: the table alone is the output.
+        # On stderr: only the table is the output.
         print(f"{name}: {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
 
     where = environment()

@@ -50,7 +50,7 @@ class Change:
 
     @property
     def ratios(self) -> list[float]:
-        """One for each alternation: new / old of neighbours, turned over where more is better."""
+        """One for each alternation: new / old of neighbouring runs, inverted if more is better."""
         return [new.cost_against(old) for old, new in zip(self.olds, self.news, strict=True)]
 
     @property
@@ -60,11 +60,11 @@ class Change:
 
 @dataclass(slots=True)
 class Comparison:
-    """What was found, and what could not be compared."""
+    """The results, and what could not be compared."""
 
     changes: list[Change] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
-    """Why, by the name of a row or a measure."""
+    """Name of a row or a measure -> why it was left out."""
     new_failed: list[str] = field(default_factory=list)
     """The measures that failed on the new build; their reasons are in `left_out`."""
 
@@ -120,7 +120,7 @@ def _compare_one(
 
 
 def pair_rows(found: Comparison, olds: Sequence[Mapping[str, Row]], news: Sequence[Mapping[str, Row]]) -> None:
-    """Add to `found` what the rows of the alternations say, each given as rows by name."""
+    """Add the rows of the alternations, each given as rows by name, to `found`."""
     for name in news[0]:
         pairs = [(old[name].compared, new[name].compared) for old, new in zip(olds, news, strict=True) if name in old]
         compared = [(before, after) for before, after in pairs if before is not None and after is not None]

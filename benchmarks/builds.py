@@ -1,9 +1,9 @@
 """Builds of the package in environments of their own: the working tree, or a commit.
 
 An environment holds this one build. It takes every other library from the environment that runs the benchmarks, so both
-sides of a comparison use the same versions of them, and a build takes seconds; only what that environment lacks is
-installed beside the build. The measuring code is the working tree's on both sides, so a benchmark that was edited
-does not look like a change of speed. Refused: installing all libraries anew (a minute for each commit, other versions).
+sides of a comparison use the same versions of them, and a build takes seconds; only libraries that it lacks are
+installed with the build. The measuring code is the working tree's on both sides, so a benchmark that was edited does
+not look like a change of speed. Refused: installing all libraries anew (a minute for each commit, other versions).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CACHE = ROOT / ".make" / "against"
 
 
 class BuildError(Exception):
-    """The revision is unknown, or its package cannot be built; the text is what git or pip said."""
+    """The revision is unknown, or its package cannot be built; the text is the message of git or pip."""
 
 
 def clean_environment() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Timing and results: what every measure shares. Nothing here knows the engine or a peer."""
+"""Timing and results, shared by all measures. Nothing here depends on the engine or a peer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Batch = Callable[[Pairs], object]
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How much of everything. Counts are per repeat."""
+    """The sizes of the measures. Counts are per repeat."""
 
     repeats: int = 7
     calls: int = 20_000
@@ -77,7 +77,7 @@ class Row:
     at_least: bool = False
     """Whether more is better; else `limit` is an upper bound."""
     figures: dict[str, float] = field(default_factory=dict)
-    """What `value` was computed from; the unit is the end of each name."""
+    """The figures that `value` was computed from; each name ends with its unit."""
     own: str = ""
     """The figure that two commits are compared by: of `figures`, the engine's own one. Empty: `value`.
 
@@ -132,7 +132,7 @@ def make_pairs(count: int, *, keys: int = 1_000) -> list[tuple[str, Value]]:
 
 
 def seconds_per_call(batch: Batch, pairs: Pairs) -> float:
-    """Time one batch, garbage collected before it and not during: a collection is as likely to hit either side."""
+    """Time one batch. Garbage is collected before it and not during it, because a collection could hit either side."""
     gc.collect()
     gc.disable()
     try:
@@ -145,7 +145,7 @@ def seconds_per_call(batch: Batch, pairs: Pairs) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Two contenders timed in turn. `ratio` is theirs / ours: how many times as long the peer takes."""
+    """Two contenders timed alternately. `ratio` is theirs / ours: how many times as long the peer takes."""
 
     ours_s: float
     theirs_s: float

@@ -27,7 +27,7 @@ class Call(NamedTuple):
     name: str
     make: Callable[[Any], Batch]
     least: float
-    """How many times as fast as diskcache it must be."""
+    """How many times as fast as diskcache the call must be."""
     filled: bool = True
     """Whether the keys are set before each batch."""
 

@@ -32,7 +32,7 @@ SLEEP_S = 0.01
 SCOPES = 100
 
 Peer = Callable[[Sequence[Value]], float]
-"""Has the values delivered; returns the seconds."""
+"""Delivers the values; returns the seconds."""
 
 
 @contextmanager
@@ -70,7 +70,7 @@ def journaled_set(sizes: Sizes) -> list[Row]:
 
 
 class _Handled:
-    """Counts deliveries, and says when the last one has come."""
+    """Counts deliveries, and records when the last one came."""
 
     def __init__(self, count: int) -> None:
         self.left = count

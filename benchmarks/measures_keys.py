@@ -78,7 +78,7 @@ def held_by_lists(sizes: Sizes) -> list[Row]:
         repeats = max(1, sizes.repeats // 3)
         held = {name: min(_longest_set(engine, way) for _ in range(repeats)) * 1e3 for name, way in ways.items()}
     what = f"the longest set while another thread lists {count} keys: first call, all, counted"
-    # The values of `items` and the entries are shown only: garbage collections of millions of new objects are in them.
+    # `items` and the entries are only shown: their times include garbage collections of millions of new objects.
     longest = max(held["first_call_ms"], held["keys_ms"], held["count_ms"])
     return [Row("held_by_lists", what, longest, "ms", 20, figures=held)]
 

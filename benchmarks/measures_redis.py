@@ -1,6 +1,6 @@
 """What Redis costs through an engine, beside redis-py on the same server.
 
-redis-py sends values that are JSON already, and with hiredis parses as quickly as we do: its share is the round trip.
+redis-py sends values that are already JSON, and with hiredis parses as quickly as we do, so its time is the round trip.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CALLERS = 64
 PROCESSES = 4
 
 Loader = Callable[[Callable[[int], str]], float]
-"""Makes the calls of all callers, each on the scope that its number stands for; returns the seconds."""
+"""Makes the calls of all callers, each on the scope of its number; returns the seconds."""
 
 
 def _p50(call: Callable[[str, Value], object], count: int) -> float:
@@ -98,7 +98,7 @@ def redis_revisions(sizes: Sizes) -> list[Row]:
 
 
 def redis_if_revision(sizes: Sizes) -> list[Row]:
-    """One caller sets a key if it has the revision that its last set has answered."""
+    """One caller sets a key if it has the revision that the caller's last set returned."""
 
     def setter(engine: Engine) -> Any:
         last: dict[str, int] = {}
@@ -165,7 +165,7 @@ def redis_transact_beside_watch(sizes: Sizes) -> list[Row]:
 
 
 def _together(name: str, callers: str, loaders: Callable[[], tuple[Loader, Loader]], sizes: Sizes) -> list[Row]:
-    """Calls per second of many callers, theirs and ours in turn: on a scope each, and all on one."""
+    """Calls per second of many callers, theirs and ours alternately: each on its own scope, and all on one."""
     rows = []
     scopes: dict[str, tuple[str, float, Callable[[int], str]]] = {
         "scopes": (f"{CALLERS} scopes", 3, str),
@@ -307,7 +307,7 @@ def redis_event(sizes: Sizes) -> list[Row]:
 
 
 def redis_contention(sizes: Sizes) -> list[Row]:
-    """Processes that all increment one key: none is lost, and few attempts are in vain."""
+    """Processes that all increment one key: no increment is lost, and few attempts conflict."""
     count = sizes.calls // 2
     shares, lost, rates = [], 0, []
     with redis_server() as url, redis.Redis.from_url(url, decode_responses=True) as client:

@@ -1,6 +1,7 @@
 """Calls of another process's engine: by a bridge over TCP, and by an engine that follows in the same directory.
 
-Beside redis-py on loopback, which does about as little as a client can; and several processes beside diskcache.
+Compared with redis-py on loopback, which does about as little as a client can, and for several processes with
+diskcache.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ WAYS = {"bridge": "bridge over TCP", "follower": "follower"}
 
 @contextmanager
 def _others() -> Iterator[dict[str, Engine]]:
-    """Engines that reach the same one in another process, by each of the ways."""
+    """Engines that reach the same engine of another process, one in each way."""
     with ExitStack() as stack:
         folder = stack.enter_context(TemporaryDirectory())
         (owner,) = stack.enter_context(started("own", folder))
@@ -204,7 +205,7 @@ def processes(sizes: Sizes) -> list[Row]:
             for name, rates in found.items():
                 with TemporaryDirectory() as folder:
                     taken = written(name, url if name == "redis" else folder, calls, count)
-                # That of all calls until the last process has made its own: the owner of a directory is done early.
+                # The time of all calls until the last process has finished: the owner of a directory finishes early.
                 rates.append(count * calls / max(each["taken_s"] for each in taken))
                 if name == "scopestate":
                     slow = [each["taken_s"] for each in taken if each["role"] == "follower"]
@@ -223,7 +224,7 @@ def processes(sizes: Sizes) -> list[Row]:
 
 
 def _cpu_per_call(batch: Batch, pairs: Pairs) -> float:
-    """CPU time of all threads of this process: what other processes use of the machine is not in it."""
+    """CPU time of all threads of this process, which excludes other processes on the machine."""
     gc.collect()
     gc.disable()
     try:

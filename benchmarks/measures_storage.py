@@ -117,7 +117,7 @@ def load_scope(sizes: Sizes) -> list[Row]:
 
 
 def save_many_keys(sizes: Sizes) -> list[Row]:
-    """`engine.flush()` after many changes of a large scope: processor time, as a disk that is busy says little."""
+    """`engine.flush()` after many changes of a large scope: processor time, because a busy disk says little."""
     overwritten, created = [], []
     with TemporaryDirectory() as folder, Engine.from_config(on_disk(folder)) as engine:
         pairs = make_pairs(sizes.dirty_keys, keys=sizes.dirty_keys)

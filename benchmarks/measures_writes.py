@@ -23,7 +23,7 @@ MINUTE = 60
 
 
 def _beside_set(name: str, what: str, limit: float, ours: Batch, engine: Engine, sizes: Sizes, *, keys: int = 1) -> Row:
-    """Return the time of a call of ours that writes `keys` keys as a multiple of the time of a `set`."""
+    """Return the time of one of our calls, which writes `keys` keys, as a multiple of the time of a `set`."""
     pairs = make_pairs(sizes.calls // keys * keys)
     found = compare(ours, _noting(engine, {}), pairs, sizes.repeats)
     return Row(name, what, keys / found.ratio, "x", limit, figures=_each(found, keys), own="ours_us")
@@ -34,7 +34,7 @@ def _each(found: Comparison, keys: int) -> dict[str, float]:
 
 
 def _noting(engine: Engine, revisions: dict[str, int]) -> Batch:
-    """A plain `set` of each pair, after which the revision is noted, as the conditional ones must."""
+    """A plain `set` of each pair that stores the revision, as the conditional ones have to."""
     set_value = engine.set
 
     def batch(pairs: Pairs) -> None:
@@ -145,7 +145,7 @@ def batch_of(engine: Engine, scope: str, keys: int) -> Batch:
 
 
 def transact(sizes: Sizes) -> list[Row]:
-    """`transact` that moves an amount from one key to another. Shown: no target of its own but those of the peers."""
+    """`transact` that moves an amount from one key to another. Shown only: the targets are those of the peers."""
     with Engine() as engine:
         found = compare(moves(engine), _noting(engine, {}), make_pairs(sizes.calls), sizes.repeats)
     what = "transact that moves an amount / set"
@@ -189,8 +189,8 @@ def committing(folder: str) -> dict[str, Any]:
 def peer_writes(sizes: Sizes) -> list[Row]:
     """The same jobs with diskcache, beside files.
 
-    As it comes, diskcache hands each write to the operating system: that is beside `interval`, which answers before.
-    Beside `commit` it syncs each write to the disk, as `commit` does.
+    By default diskcache passes each write to the operating system: this is compared with `interval`, which answers
+    earlier. For the comparison with `commit` it syncs each write to the disk, as `commit` does.
     """
     rows = []
     pairs = make_pairs(sizes.slow_calls)
@@ -284,7 +284,7 @@ def _redis_moves(client: redis.Redis) -> Batch:
 
         return work
 
-    run: Any = client.transaction  # which has no types
+    run: Any = client.transaction  # it has no types
 
     def batch(pairs: Pairs) -> None:
         for place in range(len(pairs)):

@@ -1,6 +1,6 @@
 """Peers of durable triggers: each takes jobs from one producer and has one consumer do and acknowledge them.
 
-A job is in the peer's store before the producer goes on, and leaves it after it was done: done at least once. Each
+A job is in the peer's store before the producer continues, and is removed after it was done: at least once. Each
 function takes the values, and returns the seconds from the first `put` until the last acknowledgement.
 """
 

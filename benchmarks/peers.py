@@ -1,4 +1,4 @@
-"""What scopestate is measured against. Each peer sets and gets dicts, as its own documentation does it."""
+"""The peers of scopestate. Each sets and gets dicts in the way of its own documentation."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def pykka_ref() -> Iterator[pykka.ActorRef[DictActor]]:
 
 @contextmanager
 def plain_pykka() -> Iterator[Peer]:
-    """Pykka as it comes: each ask is handed to the actor's thread and its answer back."""
+    """Plain Pykka: each ask is passed to the actor's thread, and its answer back."""
     with pykka_ref() as ref:
         ask = ref.ask
 
@@ -70,7 +70,7 @@ def plain_pykka() -> Iterator[Peer]:
 
 @contextmanager
 def floor() -> Iterator[Peer]:
-    """The least that keeps JSON safely: a lock, an encoder, a dict. No actor, no events, no old value, no saving."""
+    """The minimum that keeps JSON safely: a lock, an encoder, a dict. No actor, no events, no old value, no saving."""
     lock = threading.Lock()
     encode = msgspec.json.Encoder().encode
     decode = msgspec.json.Decoder().decode

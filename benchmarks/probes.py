@@ -1,4 +1,4 @@
-"""What is measured in a process of its own: `python -m benchmarks.probes NAME ARGUMENT...` prints a JSON object."""
+"""Measures that need a process of their own: `python -m benchmarks.probes NAME ARGUMENT...` prints a JSON object."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a cache does wherever its entries are: the tests of a class that gives the fixture `cache`."""
+"""The behaviour of a cache, wherever its entries are: tests for classes that provide the fixture `cache`."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ VALUES = [
 
 
 class CacheBehaviour:
-    """The tests. They write few keys, as each call may be one of a server."""
+    """The tests. They write few keys, because each call may go to a server."""
 
     def test_a_value_comes_back_equal_and_of_its_types(self, cache: Cache) -> None:
         for index, value in enumerate(VALUES):

@@ -42,7 +42,7 @@ except ImportError as error:  # pragma: no cover - the extra is installed where 
 log = logging.getLogger("scopestate.wire.client")
 
 _FRAME_ROOM: Final = 4096
-"""Bytes reserved for the rest of a message, beside its payload."""
+"""Bytes reserved for the rest of a message, in addition to its payload."""
 
 
 class Client:

@@ -63,14 +63,15 @@ _PONG: Final = encode(Pong())
 
 
 class SessionLimits(msgspec.Struct, frozen=True):
-    """The limits of one worker. Exceeding `faults`, or those of registrations, closes its connection."""
+    """The limits of one worker. Exceeding `faults` or a limit of registrations closes its connection."""
 
     registrations: int = 10_000
     """Functions, triggers and trigger types together."""
     registration_bytes: int = 16 * 1024 * 1024
     """Size of the messages that registered them, in bytes."""
     calls: int = 10_000
-    """Calls in progress: this many that it makes, and as many that it executes. One more is answered `OVERLOADED`."""
+    """Calls in progress: this many that it makes, and as many that it executes. Any further call is answered
+    `OVERLOADED`."""
     call_bytes: int = 256 * 1024 * 1024
     """Bytes held by calls of the worker that wait. Above this, further calls are answered `OVERLOADED`."""
     faults: int = 1_000
@@ -135,7 +136,8 @@ Registration = (
 )
 """Action: carry out this declaration of the worker. It is within the limits."""
 Action = InvokeFunction | Send | Close | Answered | Registration
-"""`InvokeFunction` as an action: call the function and give the outcome to `answer`. Without an id none is wanted."""
+"""`InvokeFunction` as an action: call the function and give the outcome to `answer`. Without an id no answer is
+sent."""
 
 _Register = RegisterFunction | RegisterTrigger | RegisterTriggerType
 _Unregister = UnregisterFunction | UnregisterTrigger | UnregisterTriggerType
@@ -162,9 +164,9 @@ class WorkerSession:
         self.executing: dict[str, Execution] = {}
         """The calls that the worker executes, by the invocation id it was given."""
         self.waiting = 0
-        """Number of calls that the worker makes, those without a result included."""
+        """Number of calls that the worker makes, including those without a result."""
         self.held_bytes = 0
-        """Bytes held by those of them that could not be answered at once."""
+        """Bytes held by those of these calls that could not be answered at once."""
         self.carries_depth = carries_depth
         """Whether calls made by a handler of the worker always carry the event depth, as those of our client do.
 
@@ -173,7 +175,7 @@ class WorkerSession:
         """
         self._sizes: dict[tuple[str, str], int] = {}
         self._size_before = 0
-        """Size of what the latest registration replaced; 0 if it was new."""
+        """Size of the registration that the latest one replaced; 0 if it was new."""
         self._registered_bytes = 0
         self._faults = 0
 
@@ -221,7 +223,7 @@ class WorkerSession:
         return self._receive_rare(frame, message)
 
     def depth_of(self, call: InvokeFunction) -> int:
-        """Return the event depth of a call of this worker, with its trace: 0 if no event has caused it.
+        """Return the event depth of a call of this worker, with its trace; 0 if no event caused the call.
 
         A call without a depth is attributed to the newest call that the worker is executing. That is right for a
         handler that waits for the calls it makes. It is too low for calls that outlive their handler, and too high for
@@ -240,17 +242,17 @@ class WorkerSession:
         return next(reversed(self.executing.values())).depth
 
     def hold(self, size: int, *, overrun: bool) -> None:
-        """Note that a call of the worker has to wait, and holds `size` bytes.
+        """Record that a call of the worker has to wait, and holds `size` bytes.
 
         `overrun`: refuse further calls until one of those that wait has ended. Calls that are answered at once cost
-        nothing here: this sets the limit that `receive` compares with in any case.
+        nothing: this sets the limit that `receive` checks anyway.
         """
         self.held_bytes += size
         if overrun or self.held_bytes > self.limits.call_bytes:
             self._max_calls = 0
 
     def let_go(self, size: int) -> None:
-        """Note that a call for which `hold` was called has ended."""
+        """Record the end of a call for which `hold` was called."""
         self.held_bytes -= size
         if self.held_bytes <= self.limits.call_bytes:
             self._max_calls = self.limits.calls
@@ -281,7 +283,7 @@ class WorkerSession:
         return Send(self._result(frame, ErrorBody("OVERLOADED", problem)))
 
     def _invoked_rarely(self, frame: InvokeFunction, message: bytes) -> Action | None:
-        """Take a call without an id, with an `action` or with metadata."""
+        """Handle a call without an id, with an `action`, or with metadata."""
         invocation_id = frame.invocation_id
         if invocation_id is not None and not_in_uuid(invocation_id):
             return self._refused(frame, message)
@@ -343,7 +345,7 @@ class WorkerSession:
         self._registered_bytes -= self._sizes.pop(_place(frame), 0)
 
     def refused(self, frame: _Register) -> Close | None:
-        """Note that the latest registration was refused. What it would have replaced stays and counts.
+        """Record that the latest registration was refused. The one that it would have replaced stays and still counts.
 
         Returns the action if the worker has had too many refusals.
         """
@@ -358,7 +360,7 @@ class WorkerSession:
         return self._count_fault(1)
 
     def _unreadable(self, message: bytes, error: Exception) -> Action | None:
-        """Count a message that cannot be read. If it is plainly a call, an answer or a trigger, that fails at once.
+        """Count a message that cannot be read. If it is clearly a call, an answer or a trigger, fail that at once.
 
         Without this, a value that is nested too deep would leave its caller waiting for the timeout.
         """
@@ -392,7 +394,7 @@ class WorkerSession:
     # --------------------------------------------------------------------------------------------- to the worker
 
     def answer(self, call: InvokeFunction, result: bytes | None = None, error: ErrorBody | None = None) -> bytes | None:
-        """Return the message with the outcome of a call of this worker; None if it wants none.
+        """Return the message with the outcome of a call of this worker; None if the worker expects no answer.
 
         `result` None means "no value": the message has no `result`. To be called once for each call.
         """
@@ -452,7 +454,7 @@ class WorkerSession:
                 "raise `max_message_bytes` on both sides"
             )
             error = ErrorBody(problem.code, str(problem))
-        # The function id is cut, as it may be what is too long. The worker needs the invocation id only.
+        # The function id is cut, because it may be the part that is too long. The worker only needs the invocation id.
         return encode(InvocationResult(call.invocation_id or "", call.function_id[:LONGEST_NAME], error=error))
 
     def execute(
@@ -468,7 +470,9 @@ class WorkerSession:
         metadata: Raw = ABSENT,
         depth: int = 0,
     ) -> tuple[Execution, bytes] | None:
-        """Begin a call that the worker executes: return its record and the message to send. None: it has too many.
+        """Begin a call that the worker executes: return its record and the message to send.
+
+        None: it has too many calls.
 
         `depth`: the event depth of calls that the worker makes for this one; the trace that it carries goes into the
         message, unless `traceparent` names one. The message always has an id, so that the
@@ -498,7 +502,7 @@ class WorkerSession:
                 f"a call of {function_id[:LONGEST_NAME]!r} takes {len(message)} bytes, and a message to its worker "
                 f"may take {self._max_bytes}: send less at once, or raise `max_message_bytes` on both sides"
             )
-        # Without the trace: which call of the worker belongs to it, the worker says itself.
+        # Without the trace: the worker itself says which of its calls belong to it.
         execution = Execution(self, function_id, invocation_id, settle, int(depth))
         executing[invocation_id] = execution
         return execution, message
@@ -562,5 +566,5 @@ def _place(frame: _Register | _Unregister) -> tuple[str, str]:
 
 
 def _without_details(error: ErrorBody | None) -> ErrorBody | None:
-    """Return an error of a worker as it is passed on: details are the server's own."""
+    """Return an error of a worker without its details, which only the server itself may set."""
     return msgspec.structs.replace(error, details=ABSENT) if error is not None and error.details else error

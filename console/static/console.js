@@ -1,5 +1,5 @@
-// What moves on the pages: figures that refresh, and changes as they happen. Everything else works without a script.
-// What a caller has written is only ever put into a page as text.
+// The moving parts of the pages: figures that refresh, and changes as they happen. Everything else works without a script.
+// Data from callers is only ever put into a page as text.
 "use strict";
 
 const REFRESH_MS = 3000;
@@ -33,7 +33,7 @@ function refreshing() {
         }
       }
     } catch {
-      // The server is away: the next time may succeed.
+      // The server does not answer: the next attempt may succeed.
     }
   }
   setInterval(() => { if (on && !document.hidden && !inUse()) refresh(); }, REFRESH_MS);
@@ -42,7 +42,7 @@ function refreshing() {
 // -------------------------------------------------------------------------------------------------------- live changes
 
 // Reads a stream while the page is visible: a browser has six connections for all its pages of one site. When the page
-// is visible again, the stream goes on behind the last change. Returns what ends it.
+// is visible again, the stream continues after the last change. Returns a function that ends it.
 function follow(address, take, tell) {
   let source = null;
   let last = "";

@@ -325,7 +325,7 @@ class RemotePort(ConsumerPort):
 
     @exclusive
     def _held_and_ended(self) -> list[tuple[int, int, int]]:
-        """Return the events held here, and those ended but not reported, in the form that `SharedConsumer.join` takes."""
+        """Return the events held here, and those ended but not reported, as `SharedConsumer.join` takes them."""
         held = {one.position: ENDED for one in self._outcomes}
         held.update((position, attempt or held.get(position, 0)) for position, attempt in self._held.items())
         return [(position, attempt, self._serials.get(position, 0)) for position, attempt in held.items()]

@@ -20,7 +20,7 @@ from scopestate.ops.triggers import Trigger
 
 
 class Kept(ConsumerPort):
-    """A consumer in lists. It notes what it is told."""
+    """A consumer in lists, which records what it is told."""
 
     name = "ship"
 

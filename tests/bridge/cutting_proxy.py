@@ -1,4 +1,4 @@
-"""A loopback proxy that knows where WebSocket frames end, and cuts the connection at the one it is told."""
+"""A loopback proxy that knows where WebSocket frames end, and cuts the connection at a chosen one."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ class CuttingProxy:
         return f"ws://127.0.0.1:{self.port}"
 
     def cut_after(self, frames: int, *, inside: bool = False) -> None:
-        """Let so many more frames pass, then cut: between two frames, or `inside` the one that follows."""
+        """Let this many more frames pass, then cut: between two frames, or `inside` the one that follows."""
         with self._guard:
             self._left, self._inside = frames, inside
 
     def cut_each_after(self, frames: int | None) -> None:
-        """Cut each connection, those that are open too, after so many frames of it; None: no more."""
+        """Cut each connection, including open ones, after this many of its frames; None: stop cutting."""
         with self._guard:
             self._each = frames
 
     def wait_for_cuts(self, count: int) -> None:
-        """Wait until so many connections were cut."""
+        """Wait until this many connections were cut."""
         with self._guard:
             assert self._guard.wait_for(lambda: self.cuts >= count, PATIENCE_S), f"{self.cuts} of {count} cuts"
 

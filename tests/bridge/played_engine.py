@@ -1,4 +1,4 @@
-"""An engine that a test plays: it lists the functions that the test says, and notes what it is asked."""
+"""An engine that a test plays: it lists the functions that the test chooses, and records what it is asked."""
 
 from __future__ import annotations
 

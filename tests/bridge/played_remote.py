@@ -42,7 +42,7 @@ class PlayedRemote(Backend):
             self._sent.notify_all()
 
     def sent(self, *labels: str) -> None:
-        """Wait until exactly these calls are under way."""
+        """Wait until exactly these calls are in progress."""
         with self._sent:
             assert self._sent.wait_for(lambda: set(self.open) >= set(labels), PATIENCE_S), self.open.keys()
             assert set(self.open) == set(labels)

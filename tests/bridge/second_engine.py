@@ -48,7 +48,7 @@ class Seen:
 
 
 class RemoteProcess:
-    """The second process; `fresh` empties it, `kill` and `start` do what they say."""
+    """The second process; `fresh` empties it, `kill` kills it, `start` starts it."""
 
     def __init__(self, store: Path | None = None) -> None:
         self._store = store

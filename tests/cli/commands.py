@@ -1,4 +1,4 @@
-"""Running commands: what the tests of the command line share."""
+"""Running commands, for the tests of the command line."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def run(*arguments: str, stdin: str | bytes | None = None) -> Result:
 
 
 def in_terminal(*arguments: str, **environment: str | None) -> str:
-    """Run a command in a terminal, and return what that was sent. None: a variable is not set."""
+    """Run a command in a terminal, and return what was printed there. None: a variable is not set."""
     wanted = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "200", **environment}
     master, slave = pty.openpty()
     command = [sys.executable, "-m", "scopestate", *arguments]

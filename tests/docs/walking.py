@@ -1,8 +1,8 @@
 """Follows a page as a reader does: saves its files, runs its commands, and compares what they print.
 
-A block ```LANGUAGE NAME is saved as the file NAME. A block ```sh is run, line by line. A block ```text output behind it
-is what the commands have printed, `...` standing for any text. `uvicorn` and `curl -N` run on in the background: the
-former until the next server or the end of the walk, the latter until it has printed what the page shows.
+A block ```LANGUAGE NAME is saved as the file NAME. A block ```sh is run, line by line. A block ```text output after it
+is what the commands have printed; `...` stands for any text. `uvicorn` and `curl -N` keep running in the background:
+the former until the next server or the end of the walk, the latter until it has printed what the page shows.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Walk:
         }
 
     def follow(self, page: Path) -> None:
-        """Do all that the page says. Raises AssertionError with the place at the first difference."""
+        """Do everything that the page says. Raises AssertionError with the place at the first difference."""
         printed = before = ""
         streamed: str | None = None
         for block in blocks(page):
@@ -164,7 +164,7 @@ class Walk:
         started.set()  # it has ended
 
     def _stream(self, command: str, lines: int) -> str:
-        """Return the first lines that a command prints which does not end by itself."""
+        """Return the first lines of a command that does not end on its own."""
         with subprocess.Popen(
             shlex.split(command), cwd=self._folder, env=self._environment, stdout=subprocess.PIPE, text=True
         ) as process:

@@ -1,8 +1,8 @@
 """Decides whether a recorded history keeps what durable triggers and watches promise.
 
-A history is a list of facts in the order in which they were noted: deliveries with their ends, ends of processes with
-what was on disk then, looks at dead letters, and what each watch yielded. Real processes, killed with SIGKILL, and
-simulated engines record the same facts. `violations` returns a text for each promise that is broken, with its name.
+A history is a list of facts in the order in which they were recorded: deliveries with their ends, ends of processes
+with what was on disk then, listings of dead letters, and what each watch yielded. Real processes, killed with SIGKILL,
+and simulated engines record the same facts. `violations` returns a text for each promise that is broken, with its name.
 
 Each key of a history counts up: its writes are numbered 1, 2, 3, and the number is in the value. So the number that is
 on disk after the end of a process says which writes were committed.
@@ -38,7 +38,7 @@ class Ended(NamedTuple):
 
 
 class Over(NamedTuple):
-    """A process has ended: it was killed, or it closed its engine in order."""
+    """A process has ended: it was killed, or it closed its engine cleanly."""
 
     durable: Mapping[Place, int]
     """The number of each key that is on disk."""
@@ -53,7 +53,7 @@ class Asked(NamedTuple):
 
 
 class Left(NamedTuple):
-    """The dead letters of a consumer that are there."""
+    """The dead letters that a consumer has."""
 
     consumer: str
     ids: frozenset[str]
@@ -62,7 +62,7 @@ class Left(NamedTuple):
 class Counted(NamedTuple):
     """How often the effect of each event is in the store, by deliveries that wrote it in their transaction.
 
-    What is there is over, even if the process was killed before the handler could say so.
+    A delivery whose effect is there is over, even if the process was killed before the handler could say so.
     """
 
     consumer: str
@@ -170,7 +170,7 @@ class Checker:
         consumer.highest[place] = max(consumer.highest.get(place, 0), fact.number)
 
     def _check_attempt(self, consumer: Consumer, fact: Began, what: str) -> None:
-        """An attempt that a kill has cut off before its handler began may have been counted: at most one for a kill."""
+        """An attempt that a kill interrupted before its handler began may have been counted: at most one for each kill."""
         before, kills = consumer.attempts.get(fact.id, (0, 0))
         if not before < fact.attempt <= before + 1 + self._kills - kills:
             self._say("attempts", f"{what}; attempt {before} was before, and {self._kills - kills} kills since then")
@@ -277,7 +277,7 @@ class Watched(NamedTuple):
 def watch_violations(truth: Sequence[Change], watched: Watched, wanted: Iterable[int], trimmed: int = 0) -> list[str]:
     """Return what a watch has broken. `wanted`: the places of the truth that its filters match.
 
-    `trimmed`: so many changes of the truth are kept no longer, so that a cursor before may be refused.
+    `trimmed`: this many changes of the truth are no longer kept, so that an earlier cursor may be refused.
     """
     wants = sorted(wanted)
     places = {(*_told(truth[place]),): place for place in wants}

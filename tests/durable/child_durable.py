@@ -1,4 +1,4 @@
-"""Lives and dies for test_kills.py: a process that forks one child per line of its input.
+"""The process that test_kills.py kills: it forks one child per line of its input.
 
 Input, a line per life: JSON of [directory or URL, durability, {key: number of its last write on disk}, last life?].
 Each child opens its own engine, writes each key on from its number, and has durable triggers handle the events. It

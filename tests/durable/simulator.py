@@ -1,7 +1,7 @@
 """Whole engines on real files, from a seed: writes, watches, durable triggers, saves, trims, crashes and restarts.
 
-Every turn runs in an order that the seed decides. What is true is noted where the engine numbers its changes. What each
-watch has yielded, and each durable trigger has handled, is held against it by `checker.py`.
+Every turn runs in an order that the seed decides. The truth is recorded where the engine numbers its changes.
+`checker.py` compares with it what each watch has yielded and each durable trigger has handled.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ class Watcher:
         return max((place + 1 for place in ours if events[place].revision <= at), default=0)
 
     def _stands_behind_lost(self) -> bool:
-        """Return whether this began behind a change that an earlier crash took back: a crash begins new numbers."""
+        """Return whether this began after a change that an earlier crash took back: a crash begins new numbers."""
         world = self.world
         lost = [world.events[place] for place, crash in world.lost.items() if crash > self._began_crashes]
         ours = [
@@ -226,7 +226,7 @@ class Handlers:
         raise RuntimeError("not yet")
 
     def plain(self, event: StateEvent, delivery: Delivery) -> None:
-        """Fail now and then."""
+        """Fail from time to time."""
         self._began(event, delivery)
         if self.draw.random() < 0.2 and delivery.attempt < 5:
             self._fail(delivery)
@@ -286,19 +286,19 @@ class World:
             self.trace.append(f"{self.dispatcher.monotonic():9.3f}  {text}")
 
     def numbered(self, events: Sequence[StateEvent]) -> None:
-        """Note what the engine has given positions to."""
+        """Record the changes that the engine has given positions to."""
         for event in events if self.engine is not None else ():
             self.events.append(event)
             self.note(f"{event.position}: {event.scope} {event.revision} {event.event_type} {event.key}")
 
     def take(self, fact: Fact) -> None:
-        """Hold one more fact of deliveries against the promises."""
+        """Check one more fact of deliveries against the promises."""
         if self.engine is not None or isinstance(fact, (Over, Counted, Finished)):
             self.note(str(fact))
             self.checker.take(fact)
 
     def truth(self) -> list[Change]:
-        """What has happened, as the checker takes it."""
+        """What has happened, in the form that the checker takes."""
         return [
             Change(
                 event.scope,
@@ -522,7 +522,7 @@ class World:
         raise AssertionError(f"consumers do not end: {list(engine.consumers())}")
 
     def _close(self, *, is_last: bool) -> None:
-        """Let all clients end, then read every watch to its end, and close the engine in order."""
+        """Let all clients end, then read every watch to its end, and close the engine cleanly."""
         engine = self.engine
         assert engine is not None
         while self.running:

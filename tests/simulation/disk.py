@@ -134,7 +134,7 @@ class DiskAdapter(Store):
         self.crashed = False
 
     def load(self, scope: str) -> ScopeState:
-        """Load a scope; it must be what the model says, or somebody's write is gone."""
+        """Load a scope; it must be what the model says, or a write is gone."""
         self._dispatcher.give_way()
         disk = self._disk
         if self.crashed or disk.failing_loads > 0:
@@ -164,7 +164,7 @@ class DiskAdapter(Store):
         return self._disk.due()[:limit]
 
     def save(self, batch: Sequence[ScopeChange]) -> None:
-        """Save all or nothing; callers go on meanwhile."""
+        """Save all or nothing; callers continue in the meantime."""
         disk = self._disk
         self._dispatcher.give_way()
         if disk.slow_s:

@@ -61,7 +61,7 @@ class Play:
         return self.dispatcher.monotonic()
 
     def sleep(self, pause_s: float) -> None:
-        """Let so many of them pass."""
+        """Let this many seconds pass."""
         self.dispatcher.sleep(pause_s)
 
     @contextlib.contextmanager

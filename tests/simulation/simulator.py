@@ -188,7 +188,7 @@ class Life:
         self.note(lambda: "closed")
 
     def settle(self) -> None:
-        """Let everybody finish: every call is answered, every event handled, everything saved."""
+        """Let everything finish: every call is answered, every event handled, everything saved."""
         world = self._world
         world.disk.heal()
         self.note(lambda: "the disk works from here on; everybody finishes")

@@ -1,6 +1,6 @@
-"""What a scope does, written as plainly as possible: the reference that the turns are held against.
+"""What a scope does, written as plainly as possible: the reference that the turns are compared with.
 
-It shares no code with the turns but the ops of an update. Values are Python values; a write is one method.
+It shares no code with the turns except the ops of an update. Values are Python values; a write is one method.
 """
 
 from __future__ import annotations

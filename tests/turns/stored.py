@@ -1,4 +1,4 @@
-"""A scope as plain dicts: the view that turns decide over in these tests, and the keeping of what they decide."""
+"""A scope as plain dicts: the view from which turns decide in these tests, and where their decisions are stored."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Stored:
     # ------------------------------------------------------------------------------------------------- the keeping
 
     def run(self, turn: Turn[A]) -> A:
-        """Decide, and keep what was decided."""
+        """Decide, and store the decision."""
         answer, _ = self.run_seeing(turn)
         return answer
 

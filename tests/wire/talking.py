@@ -50,7 +50,7 @@ class Peer:
         await self.send(frames.InvocationResult(str(call.invocation_id), call.function_id, raw, body))
 
     def drop(self) -> None:
-        """Break the connection without a word."""
+        """Break the connection without a close frame."""
         self.socket.transport.abort()
 
 
