@@ -12,9 +12,9 @@ from scopestate.cli.terminal import EXIT_CODES
 
 
 class Outline(TyperCommand):
-    """What a list of commands, and the completion of its name, show of a command.
+    """What the list of commands and the completion of names show about a command.
 
-    The module of the command is imported when the command is used: to import those of all takes most of a second.
+    Its module is imported when the command is used: importing all of them takes most of a second.
     """
 
     def __init__(self, name: str, place: str, does: str, panel: str | None = None, *, takes_json: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""One connection to a Redis server: redis-py makes it, after that commands and replies go over its socket directly."""
+"""One connection to a Redis server: redis-py makes it; then commands and replies use its socket directly."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from scopestate.persistence.connections.connection import NOT_ALL, Broken
 _CHUNK: Final = 1 << 16
 
 PASSING: Final = frozenset({"LOADING", "BUSY", "TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN", "JOURNALFULL"})
-"""Refusals of a server that will take the command later. It has not begun it."""
+"""Refusals of a server that will accept the command later, and has not begun it."""
 
 
 class Refusal(Exception):
@@ -26,7 +26,7 @@ class Refusal(Exception):
 
     @property
     def text(self) -> str:
-        """What the server said."""
+        """The text of the error reply."""
         return str(self.args[0])
 
     @property
@@ -36,7 +36,7 @@ class Refusal(Exception):
 
 
 pack_text: Final[Callable[[tuple[Any, ...]], bytes]] = hiredis.pack_command
-"""As `pack`, for parts that are known to hold no number: on the way of each call, where a look at every part shows."""
+"""As `pack`, for parts that contain no number: used for every call, where checking each part would cost time."""
 
 
 def pack(parts: tuple[Any, ...]) -> bytes:
@@ -60,7 +60,7 @@ class Connection:
         sock: Any = dialled._get_socket()
         self._sock = sock
         sock.settimeout(timeout_s)
-        # What says at once whether there is something to receive: looked at before every write that goes out alone.
+        # Tells at once whether there is something to receive: called before every write that is sent alone.
         poll = select.poll()
         poll.register(sock, select.POLLIN)
         self._poll = poll.poll
@@ -73,7 +73,7 @@ class Connection:
         self._reader = hiredis.Reader(protocolError=Broken, replyError=Refusal, notEnoughData=NOT_ALL)
         self._has_data = self._reader.has_data
         self.next_reply: Callable[[], Any] = self._reader.gets
-        """The next reply that is all there, else NOT_ALL. Values are bytes, int, None, list, Refusal."""
+        """Returns the next complete reply, else NOT_ALL. Values are bytes, int, None, list, Refusal."""
 
     def send(self, data: bytes) -> None:
         """Send commands. Raises Broken; then some of them may have arrived."""
@@ -90,11 +90,11 @@ class Connection:
             raise self._broken(error) from error
 
     def plain_fd(self) -> int | None:
-        """Return the file descriptor that an event loop can wait for; None with TLS, which has bytes of its own."""
+        """Return the file descriptor that an event loop can wait for; None with TLS, which has a buffer of its own."""
         return None if self._decrypted is not None else self._sock.fileno()
 
     def receive(self) -> None:
-        """Wait for bytes and take them in; then ask `next_reply`. Raises Broken."""
+        """Wait for bytes and receive them; then call `next_reply`. Raises Broken."""
         try:
             data = self._receive(_CHUNK)
         except OSError as error:
@@ -106,7 +106,7 @@ class Connection:
 
     def exchange(self, command: bytes) -> Any:
         """Send one command and wait for its reply, which may be a Refusal. Raises Broken."""
-        # As `send` and `receive`, written out: this is the way of a single caller, and the calls show there.
+        # As `send` and `receive`, written inline: a single caller uses this, for which each further call costs time.
         try:
             self._send(command)
             next_reply, feed, receive = self.next_reply, self._reader.feed, self._receive
@@ -139,8 +139,8 @@ class Connection:
         return bool(self._poll(0)) or (self._decrypted is not None and self._decrypted() > 0)
 
     def is_stale(self) -> bool:
-        """True if the server has closed it, or answered what it was not asked. Ask while nothing is awaited."""
-        # As `readable`, written out: it is asked before each write that goes out alone.
+        """True if the server has closed it, or sent an unexpected answer. Call it while no answer is awaited."""
+        # As `readable`, written inline: it is called before each write that is sent alone.
         decrypted = self._decrypted
         return bool(self._poll(0)) or self._has_data() or (decrypted is not None and decrypted() > 0)
 
@@ -152,8 +152,8 @@ class Connection:
             self._sock.close()
 
     def shut(self) -> None:
-        """Have a thread that waits in it, now or later, get Broken; it closes the connection then."""
-        with suppress(OSError):  # it is gone already
+        """Make a thread that waits in it, now or later, get Broken; that thread then closes the connection."""
+        with suppress(OSError):  # it is already gone
             self._sock.shutdown(socket.SHUT_RDWR)
 
     def _broken(self, error: OSError) -> Broken:

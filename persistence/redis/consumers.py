@@ -30,7 +30,7 @@ _LOOK_EVERY_S: Final = 10.0
 """How often consumers without an engine are looked for."""
 _NAMED: Final = 5
 _MOMENT_S: Final = 0.005
-"""How long an outcome waits for another operation to go with."""
+"""How long an outcome waits for another operation that it can be sent with."""
 _AGAIN_S: Final = 0.5
 """Pause after an operation that has failed."""
 _PAGE: Final = 5000
@@ -48,8 +48,9 @@ class RedisConsumers(Consumers):
         limit: str,
         begin_of: Callable[[str], Begin] = Begin,
     ) -> None:
-        """`visit` gives a connection for one operation of the program. `limit`: see `script.LIMITED`. `begin_of`
-        returns where a consumer begins that is told so.
+        """`visit` gives a connection for one operation of the program.
+
+        `limit`: see `script.LIMITED`. `begin_of` returns where a new consumer begins.
         """
         self._begin_of = begin_of
         self._place = place
@@ -62,9 +63,9 @@ class RedisConsumers(Consumers):
         self._closing = False
         self._next_trim = self._next_look = 0.0
         self._rests = False
-        """True while the keeper sleeps until something is due, and not for a moment only."""
+        """True while the keeper sleeps until something is due, rather than for a moment."""
         self._alone: list[str] = []
-        """Consumers of which no engine takes events."""
+        """Consumers from which no engine takes events."""
         self._line = Line(place)
         self._thread: threading.Thread | None = None
         self._why_not: str | None = None
@@ -77,7 +78,7 @@ class RedisConsumers(Consumers):
         return port
 
     def _nudge(self) -> None:
-        """A delivery has ended. What else is said to Redis within a moment takes the outcome with it."""
+        """Note that a delivery has ended. The next operation within a moment also sends the outcome."""
         if self._rests:
             self._rests = False
             self._bell.set()
@@ -95,7 +96,7 @@ class RedisConsumers(Consumers):
             self._thread.start()
 
     def note_arrivals(self) -> None:
-        """The stream has new entries. On the reader's thread."""
+        """Note that the stream has new entries. On the reader's thread."""
         for port in self._ports:
             port.wake()
 
@@ -113,11 +114,11 @@ class RedisConsumers(Consumers):
 
     @property
     def missed(self) -> int:
-        """Events that consumers are known to have lost, as far as this engine has found it."""
+        """The number of events that consumers are known to have lost, as far as this engine has noticed."""
         return sum(port.lost for port in list(self._ports))
 
     def close(self) -> None:
-        """Say what has ended, and give back what this engine holds. Idempotent."""
+        """Report what has ended, and give back what this engine holds. Idempotent."""
         self._exclusive.run(self._begin_closing)
         self._bell.set()
         if self._thread is not None:
@@ -127,7 +128,7 @@ class RedisConsumers(Consumers):
         self._closing = True
 
     def look_after_others(self) -> None:
-        """If there are consumers, see to it that those without an engine are noticed, and the stream is trimmed."""
+        """If there are consumers, make sure that those without an engine are noticed and the stream is trimmed."""
         try:
             found = self.names()
         except StorageError as error:
@@ -139,7 +140,7 @@ class RedisConsumers(Consumers):
     # ------------------------------------------------------------------------------------------- from the program
 
     def states(self) -> list[tuple[str, str | None]]:
-        """Return the consumers that this engine takes events of: others are the business of other engines."""
+        """Return the consumers that this engine takes events from: other engines take care of the rest."""
         return [(port.name, port.paused()) for port in list(self._ports) if not port.stopping]
 
     def names(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""How connections to Redis are made: redis-py looks names up, speaks TLS, asks Sentinels and logs in."""
+"""How connections to Redis are made: redis-py resolves names, speaks TLS, asks Sentinels and logs in."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _LOGIN_REFUSED: Final = (
     "the server refused the login; what it said is left out, since it shows the password: does it know AUTH?"
 )
 _OURS: Final = (NoConnection, NoAnswer)
-"""What the library says in its own words; they may name a host that is called like the password."""
+"""Errors with messages of our own, which may name a host that is called like the password."""
 _PIECE: Final = 8
-"""Length of a part of a password that tells too much."""
+"""Length of a part of a password that would reveal too much."""
 
 
 class Server:
@@ -42,7 +42,7 @@ class Server:
         name: str = "",
         within_s: float | None = None,
     ) -> None:
-        """`place`: instead of the one that the options name. `name`: for messages. `within_s`: how long it may take."""
+        """`place`: replaces the address of the options. `name`: for messages. `within_s`: how long it may take."""
         self._options = options
         self._place = options.server if place is None else place
         self._within_s = options.connect_timeout_s if within_s is None else within_s
@@ -55,7 +55,7 @@ class Server:
         is_late = threading.Event()
 
         def give_up() -> None:
-            is_late.set()  # first: what follows ends the connection under the thread that is dialling
+            is_late.set()  # first: the next step ends the connection while another thread dials
             _cut(dialled)
 
         overdue = threading.Timer(self._within_s, give_up)
@@ -76,7 +76,7 @@ class Server:
         raise NotConnected(problem + self._why_not(reason, is_late=is_late.is_set())) from reason
 
     def _why_not(self, error: Exception, *, is_late: bool) -> str:
-        """Return in words why it did not work, with what may be behind it if the error does not say that itself."""
+        """Return why it did not work, with a likely cause if the error does not name one."""
         unusable = _unusable_file(self._options) if self._place.tls else None
         if unusable is not None:
             return unusable
@@ -114,14 +114,14 @@ class Server:
         return made
 
     def wrapped(self, dialled: AbstractConnection) -> connection.Connection:
-        """Return the connection that is made of a library's."""
+        """Wrap a connection of the library."""
         return connection.Connection(dialled, self.address, self._options.call_timeout_s)
 
 
 def traits(opened: connection.Connection) -> dict[bytes, Any]:
-    """Return what a server says of itself: `mode` is b"standalone" or b"cluster", `role` b"master" or b"replica".
+    """Return what a server says about itself: `mode` is b"standalone" or b"cluster", `role` b"master" or b"replica".
 
-    Empty if it keeps that to itself, as a proxy does. Raises NotConnected, and closes the connection.
+    Empty if it does not say, as with a proxy. Raises NotConnected, and closes the connection.
 
     Refused: INFO and ROLE, which some users may not call. HELLO without arguments changes nothing.
     """
@@ -135,7 +135,7 @@ def traits(opened: connection.Connection) -> dict[bytes, Any]:
 
 
 def tls_options(options: RedisOptions) -> dict[str, Any]:
-    """Return what redis-py's TLS connections are told."""
+    """Return the arguments of redis-py's TLS connections."""
     files = options.tls_files
     return {
         "ssl_ca_certs": files["tls_ca_file"],
@@ -159,7 +159,7 @@ def _reveals(error: Exception, password: str | None) -> bool:
 
 
 def _unusable_file(options: RedisOptions) -> str | None:
-    """Return which of the files for TLS cannot be used, and why; the library names none."""
+    """Return which of the files for TLS cannot be used, and why: the library does not name it."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     files = options.tls_files
     for name, path in files.items():
@@ -181,5 +181,5 @@ def _unusable_file(options: RedisOptions) -> str | None:
 def _cut(dialled: AbstractConnection) -> None:
     sock: Any = dialled._get_socket()
     if sock is not None:
-        with suppress(OSError):  # it has ended by itself
+        with suppress(OSError):  # it has ended on its own
             sock.shutdown(socket.SHUT_RDWR)

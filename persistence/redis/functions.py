@@ -1,8 +1,8 @@
 """Turns that run a function of the program, or must see the whole scope to know their keys.
 
-Such a function may take any time, so it runs on its caller's thread, never on one that drives a connection. What it has
-read is compared, and what it has decided stored, by one command (`Commit`). If a key has changed it runs again; if it
-asks for a key that was not read yet, it is stopped there, and runs again with that key.
+Such a function may take any time, so it runs on its caller's thread, never on one that drives a connection. One command
+(`Commit`) compares the values that it has read, and stores its changes. If a key has changed, it runs again; if it asks
+for a key that was not read yet, it is stopped there, and runs again with that key.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _PAUSE_S: Final = (0.001, 0.064)
 
 
 def has_function(turn: Turn[Any]) -> bool:
-    """Return whether a turn is done by `Functions.run`."""
+    """Return whether `Functions.run` runs a turn."""
     kind = type(turn)
     return kind in _OF_FUNCTIONS or (kind is Once and type(unwrapped(turn)) in _OF_FUNCTIONS)
 
@@ -55,7 +55,9 @@ class Functions:
         """The locks of threads that wait for the claim, in order."""
 
     def run(self, turn: Turn[A], depth: int) -> A:
-        """Do a turn, and wait until it is done. With an idempotency key it is begun again if the connection was lost.
+        """Run a turn, and wait until it is done.
+
+        With an idempotency key it is started again if the connection was lost.
 
         Raises what its function raises; then nothing was stored. Raises Conflict if keys that it reads were changed
         elsewhere in every attempt.
@@ -94,11 +96,11 @@ class Functions:
             lock.acquire()
             self._waiting.append(lock)
             if _HOLDER not in claim:
-                continue  # given back meanwhile, and perhaps no lock was found
+                continue  # given back in the meantime, and perhaps no lock was found
             left_s = None if deadline is None else deadline - time.monotonic()
             if left_s is not None and left_s <= 0:
                 raise ReplyTimeout(self._scope.scope, timeout_s or 0.0)
-            # Now and then in any case: a thread that was interrupted may have taken the wake-up with it.
+            # From time to time in any case: an interrupted thread may have consumed the wake-up.
             wait_for(functools.partial(_acquire, lock), SLICE_S if left_s is None else min(left_s, SLICE_S))
 
     def _give_back(self, ticket: list[int]) -> None:
@@ -143,15 +145,15 @@ class Functions:
                 raise error
             before, view = view, self._look(turn, view, depth)
             if error is not None and not before.missing and view.replay is None and _is_same(before, view):
-                # Also what a signal handler has raised meanwhile: it must not be lost because the function runs again.
+                # Also an exception of a signal handler: it must not be lost because the function runs again.
                 raise error
 
     def _is_final(self, turn: Turn[Any], view: EntryView) -> bool:
-        """Return whether what was raised is the answer: it was not for a value that may be old, or not read."""
+        """Return whether an exception is the answer: it was not caused by a value that may be old or was not read."""
         return not (view.missing or view.recalled or (type(turn) is Once and view.answers is None))
 
     def _attempt(self, turn: Turn[A], view: EntryView) -> tuple[Effects[A] | None, BaseException | None]:
-        """Have the turn decide. Returns its effects, or what it has raised."""
+        """Call `decide` of the turn. Returns its effects, or the exception that it raised."""
         try:
             rule = self._scope.rule
             return turn.decide(view) if rule.values is None else rule.values.decide(turn, view), None
@@ -159,7 +161,7 @@ class Functions:
             return None, error
 
     def _look(self, turn: Turn[Any], view: EntryView, depth: int) -> EntryView:
-        """Return a view with everything that the last attempt has looked at, or asked for, as it is now."""
+        """Return a view with the current state of everything that the last attempt has read, or asked for."""
         call = self._scope.call
         names = list(view.used)
         names += [name for name in view.missing if isinstance(name, str)]
@@ -167,7 +169,7 @@ class Functions:
         ranges = [*view.ranges, *[asked for asked in view.missing if isinstance(asked, tuple)]]
         needs_time = not names and (None in view.missing or not ranges)
         if names or needs_time or idempotency_key is not None:
-            # Without a name any key will do: the reply has the server's time.
+            # Without a key, any name will do: the reply has the server's time.
             looked: EntryView = call(Look(tuple(names) or ("",), idempotency_key), depth)
             if not names:
                 looked.known.clear()
@@ -181,7 +183,7 @@ class Functions:
             looked.unchanged = found.unchanged
             stamps.add(found.unchanged)
         if len(stamps) > 1:
-            looked.unchanged = "changed"  # while they were read: they fit no state of the scope
+            looked.unchanged = "changed"  # they changed while they were read, so they match no state of the scope
         return looked
 
     def _conflict(self, view: EntryView, conflicts: int) -> Conflict:
@@ -192,7 +194,7 @@ class Functions:
 
 
 def _is_same(before: EntryView, now: EntryView) -> bool:
-    """Return whether everything that was looked at still has the same value."""
+    """Return whether everything that was read still has the same value."""
     return all(
         now.known.get(key, NOTHING)[0] == known[0]
         and before.is_lapsed(known) == now.is_lapsed(now.known.get(key, NOTHING))
@@ -205,22 +207,22 @@ def _acquire(lock: Any, slice_s: float) -> bool:
 
 
 def _numbered(turn: Turn[A], answer: A, revision: int) -> A:
-    """Return the answer with its revision. What the function of a transaction has returned is given as it is."""
+    """Return the answer with its revision. The result of a transaction's function is returned unchanged."""
     if revision and type(unwrapped(turn)) is not Transact:
         number_answer(answer, revision)
     return answer
 
 
 def read_range(scope: RedisScope, turn: Any, depth: int) -> Any:
-    """Do a turn that reads keys in order."""
+    """Run a turn that reads keys in order."""
     kind = _KINDS[type(turn)]
     if kind == "v" and turn.within == ALL:
-        # In Python's order of the keys, not the server's: of 1 M keys it would do nothing else for seconds.
+        # Python sorts the keys, not the server, which would do nothing else for seconds with 1 M keys.
         items = scope.call(Items(), depth)
         return items if type(turn) is Pairs else [data for _, data in items]
     view = scope.view_of_seen().without_recall()
     if type(turn) is State:
-        # Its revision and its entries are of one moment. Without entries any read tells the revision.
+        # Its revision and its entries are of one moment. Without entries, any read returns the revision.
         entries = turn.within.limit != 0
         found = scope.read(ReadRange(turn.within if entries else ALL, "e" if entries else "c"), depth)
         view = scope.view_of_seen().without_recall(found.now_ms)
@@ -232,7 +234,7 @@ def read_range(scope: RedisScope, turn: Any, depth: int) -> Any:
             values = scope.rule.values
             return turn.decide(view)[1] if values is None else values.decide(turn, view)[1]
         except NotSeen:
-            # Once for most, but all ranges of a turn must be of one moment.
+            # Once for most turns, but all ranges of a turn must be of one moment.
             (asked,) = view.missing
             assert isinstance(asked, tuple)
             found = scope.read(ReadRange(asked[0], kind), depth)

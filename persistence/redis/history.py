@@ -1,4 +1,4 @@
-"""What watches read of the stream of events: the changes behind a cursor, or why they are gone."""
+"""What watches read from the stream of events: the changes after a cursor, or why they are gone."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def life_in(reply: list[bytes | None]) -> Life | None:
 
 
 def end_epoch(connection: Connection, shape: Shape, before: Life, number: int) -> Life:
-    """Note that the events behind this number are lost. Several engines may find it. Raises Refusal and Broken."""
+    """Record that the events after this number are lost. Several engines may find this. Raises Refusal and Broken."""
     life = read_life(connection, shape)
     if life == before:
         key = store_key(shape)
@@ -78,7 +78,7 @@ class StreamHistory:
         self._visit = visit
 
     def read(self, after: int, upto: int | None = None, *, most: int = MOST_EVENTS) -> list[StateEvent]:
-        """Return the events behind position `after`, up to `upto`, in order."""
+        """Return the events after position `after`, up to `upto`, in order."""
         found: list[StateEvent] = []
         with self._visit() as connection:
             base = read_life(connection, self._shape).base
@@ -94,7 +94,7 @@ class StreamHistory:
     def read_scope(
         self, scope: str, after: int, upto: int | None = None, *, most: int = MOST_EVENTS
     ) -> list[StateEvent]:
-        """Return the events of a scope behind the revision `after`, up to revision `upto`, in order."""
+        """Return the events of a scope after the revision `after`, up to revision `upto`, in order."""
         found: list[StateEvent] = []
         with self._visit() as connection:
             base = read_life(connection, self._shape).base
@@ -148,7 +148,7 @@ class StreamHistory:
         return None
 
     def begin_of(self, start: str, store: str) -> Begin:
-        """Return where a new consumer begins: "now", "earliest", or behind a cursor of `store`.
+        """Return where a new consumer begins: "now", "earliest", or after a cursor of `store`.
 
         Raises InvalidCursor, and Compacted if the stream does not reach back to it.
         """
@@ -195,13 +195,13 @@ class StreamHistory:
                 yield entry_id, number
 
     def _place_of(self, connection: Connection, number: int) -> str:
-        """Return the id of an entry that is not behind the event with this number, and close to it."""
+        """Return the id of an entry that is not after the event with this number, and is close to it."""
         ends = connection.call("XREVRANGE", self._shape.stream, "+", "-", "COUNT", 1)
         starts = connection.call("XRANGE", self._shape.stream, "-", "+", "COUNT", 1)
         if not ends or not starts:
             return "-"
         low, high = place_of(starts[0][0])[0], place_of(ends[0][0])[0]
-        while low < high:  # the first entry of `low` is not behind the event
+        while low < high:  # the first entry of `low` is not after the event
             middle = (low + high + 1) // 2
             there = next(self._numbers(connection, f"{middle}-0"), None)
             if there is not None and there[1] <= number:

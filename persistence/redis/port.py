@@ -1,7 +1,7 @@
 """One durable trigger in Redis, as an engine sees it: a port of the runtime (docs/design/0050-redis-journal.md).
 
-What each engine holds is kept in Redis, by the script in `consuming.py`. Here are its operations, and what the runtime
-is told when Redis says that something is no longer of this engine.
+What each engine holds is kept in Redis, by the script in `consuming.py`. This module has its operations, and tells the
+runtime when Redis says that an event no longer belongs to this engine.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from scopestate.persistence.redis.script import Shape, explain, with_source
 log = logging.getLogger("scopestate.persistence.redis")
 
 NOTES_AT_ONCE: Final = 16
-"""Attempts that are noted with one command: that which begins, and the next ones to begin, as far as it is known."""
+"""Attempts that are recorded by one command: the one that begins, and those that will begin next, if known."""
 LONGEST_BEAT_S: Final = 1.0
 """How long a change of another engine (a pause, a replay) may go unnoticed here."""
 _MOST_OUTCOMES: Final = 1000
-"""Outcomes of one command."""
+"""The most outcomes in one command."""
 _MARKS: Final = 1 << 60
 _REASONS: Final = {"dead": "its list of dead letters is full (max_dead): replay or purge them, then resume it"}
-"""What stands in Redis as the reason of a pause, and what it means."""
+"""The reason of a pause as it is kept in Redis -> its description."""
 
 
 class Place:
@@ -60,13 +60,13 @@ class Place:
 
 
 class Line:
-    """A connection for operations that may be repeated: what was lost with its connection is sent again, once."""
+    """A connection for operations that may be repeated: one that was lost with its connection is sent again, once."""
 
     def __init__(self, place: Place) -> None:
         self._place = place
         self._connection: Connection | None = None
         self.breaks = 0
-        """How often an answer was lost: what was asked may have been done."""
+        """How often an answer was lost: the operation may have been done."""
 
     def ask(self, *commands: tuple[Any, ...]) -> list[Any]:
         """Send the commands and return their replies. Raises StorageError. One thread at a time."""
@@ -133,8 +133,10 @@ class RedisPort(ConsumerPort):
         nudge: Callable[[], object],
         enlist: Callable[[RedisPort], object],
     ) -> None:
-        """`limit`: see `script.LIMITED`. `ring` has the keeper look now, `nudge` in a few milliseconds; `enlist` has it
-        look after this consumer too.
+        """`limit`: see `script.LIMITED`.
+
+        `ring` makes the keeper check now, `nudge` in a few milliseconds; `enlist` makes it take care of this consumer
+        too.
         """
         self.name = name
         self._place = place
@@ -155,28 +157,28 @@ class RedisPort(ConsumerPort):
         """The last number that the consumer has read, and how often the numbers have begun again."""
         self._breaks = 0
         self._held: dict[int, bytes] = {}
-        """Position -> member, of what this engine holds."""
+        """Position -> member, of the events that this engine holds."""
         self._running: dict[int, None] = {}
         """The positions of attempts that have begun and not ended."""
         self._next: dict[int, int] = {}
         """Position -> attempts, of those that have not begun for the first time, in order."""
         self._noted: dict[int, None] = {}
-        """Positions of those that have not begun, and whose attempt is noted."""
+        """Positions of those that have not begun, and whose attempt is recorded."""
         self._waiting: dict[int, None] = {}
         """Positions of those that wait for their next attempt."""
         self._outcomes: list[tuple[int, tuple[Any, ...]]] = []
         self._pace = Pace()
         self._pause = ""
         self._is_full = self._has_failed = False
-        """True: the last call of `fetch` found no room; an operation has failed, and the runtime may wait for that."""
+        """True: the last call of `fetch` found no room; an operation has failed, and the runtime may wait for it."""
         self.stopping = False
         self.is_over = False
-        """True once it holds nothing, and takes nothing any more."""
+        """True once it holds no events, and takes no more."""
         self.next_beat = self.next_wake = 0.0
         """When the keeper has to renew the hold, and to wake the runtime. On the monotonic clock."""
         self.problem: str | None = None
         self.lost = 0
-        """Events that this engine has found to be gone before the consumer had them."""
+        """Events that were gone before the consumer got them, as far as this engine has noticed."""
 
     # ---------------------------------------------------------------------------------------------- for the runtime
 
@@ -203,7 +205,7 @@ class RedisPort(ConsumerPort):
         lost: Callable[[Sequence[int]], object],
         running: Callable[[], Mapping[int, int]],
     ) -> None:
-        del running  # each is noted when it begins
+        del running  # each is recorded when it begins
         self._trigger, self._wake, self._lost = trigger, wake, lost
         self.stopping = self.is_over = False
         self._enlist(self)
@@ -279,7 +281,7 @@ class RedisPort(ConsumerPort):
             with self._exclusive:
                 (score,) = self._ask(self._names.holds(member))
         except StorageError:
-            return False  # the next attempt finds out: it cannot be noted then
+            return False  # the next attempt finds out: it then cannot be recorded
         return score is None
 
     def mark(self) -> int:
@@ -309,7 +311,7 @@ class RedisPort(ConsumerPort):
 
     @property
     def beat_s(self) -> float:
-        """How often its hold is renewed: four times before it ends."""
+        """The seconds between renewals of its hold: it is renewed four times before it would end."""
         return min(self._trigger.ack_wait / 4, LONGEST_BEAT_S)
 
     @property
@@ -322,11 +324,11 @@ class RedisPort(ConsumerPort):
         return self._has_failed
 
     def wake(self) -> None:
-        """There may be events."""
+        """Wake the runtime: there may be events."""
         self._wake()
 
     def keep(self) -> None:
-        """Say what has ended, and that this engine lives. Raises StorageError."""
+        """Report what has ended, and that this engine is alive. Raises StorageError."""
         with self._exclusive:
             self._send_outcomes(always=True)
             self.next_beat = time.monotonic() + self.beat_s
@@ -338,7 +340,7 @@ class RedisPort(ConsumerPort):
             self._wake()
 
     def leave(self) -> None:
-        """The engine closes: say what has ended, and give everything else back. Raises StorageError."""
+        """Report what has ended, and give everything else back: the engine closes. Raises StorageError."""
         with self._exclusive:
             self._send_outcomes()
             self._unnote()
@@ -380,8 +382,8 @@ class RedisPort(ConsumerPort):
         return room
 
     def _note(self, noted: list[tuple[bytes, int]]) -> list[int]:
-        """Note attempts, and next to them those that will begin soon. Return the positions of those that are gone."""
-        # Alone, if the handler is slow. And one that has begun before, and not ended, may be what has ended an engine.
+        """Record attempts, together with those that will begin soon. Return the positions of those that are gone."""
+        # Alone, if the handler is slow. And an event whose attempt began and never ended may have crashed an engine.
         is_quick = self._pace.ahead() >= NOTES_AT_ONCE
         others = NOTES_AT_ONCE - 1 if is_quick and all(attempt == 1 for _, attempt in noted) else 0
         for position, attempts in itertools.islice(list(self._next.items()), others):
@@ -407,7 +409,7 @@ class RedisPort(ConsumerPort):
             found = self._taken(rows)
         (reply,) = self._ask(names.fetch(self._wait_ms, most, trigger.order, trigger))
         if self._line.breaks != self._breaks:
-            return found, True  # the reply to the first attempt was lost, with what it gave
+            return found, True  # the reply to the first attempt was lost, together with its events
         if reply == b"gone":
             self._lost(self._begin_anew())
             return [], True
@@ -450,7 +452,7 @@ class RedisPort(ConsumerPort):
                 self._lost(gone)
 
     def _sent(self, sent: list[tuple[int, tuple[Any, ...]]], reply: Any) -> list[int]:
-        """These outcomes were sent. Return the positions of what this engine no longer holds."""
+        """Record that these outcomes were sent. Return the positions that this engine no longer holds."""
         del self._outcomes[: len(sent)]
         gone: list[int] = []
         for position, said in sent:
@@ -461,7 +463,7 @@ class RedisPort(ConsumerPort):
         if reply == b"gone":
             return self._begin_anew()
         lost, back, is_new, pause = reply
-        # Of what has ended nothing is left to say; what is to be tried again is over, or another engine has it.
+        # Nothing more is to be reported about ended ones; one to be retried is over, or another engine has it.
         retries = {said[1] for _, said in sent if said[0] == "r"}
         gone += self._drop([*back, *[member for member in lost if member in retries]])
         if is_new and self._held:
@@ -470,7 +472,7 @@ class RedisPort(ConsumerPort):
         return gone
 
     def _give_back(self) -> None:
-        """Give back what has not begun, of lanes of which nothing is running here."""
+        """Give back events that have not begun, of lanes in which nothing is running here."""
         busy = {_lane_of(self._held[position]) for position in list(self._running) if position in self._held}
         free = [member for member in list(self._held.values()) if _lane_of(member) not in busy]
         if free:
@@ -484,7 +486,7 @@ class RedisPort(ConsumerPort):
             self._line.close()
 
     def _drop(self, members: Sequence[bytes]) -> list[int]:
-        """Forget these; return their positions."""
+        """Forget these events; return their positions."""
         gone = set(members)
         positions = [position for position, member in list(self._held.items()) if member in gone] if gone else []
         for position in positions:
@@ -499,16 +501,17 @@ class RedisPort(ConsumerPort):
         return positions
 
     def _unnote(self) -> None:
-        """Take back the notes of attempts that have not begun."""
+        """Remove the records of attempts that have not begun."""
         noted = [self._held[position] for position in list(self._noted) if position in self._held]
         if noted:
             self._ask(self._names.ended(self._wait_ms, [("r", member, 0, 0, 0, "") for member in noted]))
             self._noted.clear()
 
     def _begin_anew(self) -> list[int]:
-        """The consumer is gone: make it anew. Return the positions of what this engine held.
+        """Make the consumer again, because it is gone.
 
-        If another engine has forgotten it, it begins with what comes now; if Redis was flushed, with what there is.
+        Return the positions of what this engine held. If another engine has forgotten it, it begins with the events
+        from now on; if Redis was flushed, with all that exist.
         """
         positions = self._drop_all()
         self._outcomes.clear()
@@ -529,14 +532,14 @@ class RedisPort(ConsumerPort):
         log.error("%s: the events in between did not reach it", self.problem)
 
     def note_pause(self, why: str) -> None:
-        """It is paused, or goes on ("")."""
+        """Record that it is paused, or continues ("")."""
         before, self._pause = self._pause, why
         if before and not why:
             self._wake()
 
 
 def status_of(name: str, reply: Any) -> ConsumerStatus | None:
-    """Return what the script has replied about a consumer; None if there is none."""
+    """Return the status of a consumer from the script's reply; None if there is no such consumer."""
     if reply == b"gone":
         return None
     number, counter, pause, _, held, parked, dead, _, oldest, now, _ = reply
@@ -552,7 +555,7 @@ def reason_of(pause: str) -> str | None:
 
 
 def _said(member: bytes, one: Outcome) -> tuple[Any, ...]:
-    """Return an outcome in the words of the script."""
+    """Return an outcome in the form that the script takes."""
     if one.verdict == "done":
         return "d", member
     if one.verdict == "retry":

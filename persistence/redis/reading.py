@@ -1,4 +1,4 @@
-"""Two threads that alternate at reading one connection, and make it anew when it breaks."""
+"""Two threads that take turns reading one connection, and make a new one when it breaks."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ class ReadingThreads(ABC):
 
     @abstractmethod
     def _begin_with(self, connection: Any) -> None:
-        """A new connection is there: look at what may have been missed. Raises Refusal and Broken."""
+        """Start with a new connection: check what may have been missed. Raises Refusal and Broken."""
 
     @abstractmethod
     def _take(self, connection: Any) -> HandlerActor | None:
-        """Wait for events and take them in. Return a handler that this thread must run. Raises Refusal and Broken."""
+        """Wait for events and process them. Return a handler that this thread must run. Raises Refusal and Broken."""
 
     def _at_end(self) -> None:  # noqa: B027 - not every reader has something to release
-        """Reading has ended: release what is left. It may be called twice."""
+        """Release what is left: reading has ended. May be called twice."""
 
     def _start_threads(self) -> None:
         self._started = True
@@ -62,7 +62,7 @@ class ReadingThreads(ABC):
             threading.Thread(target=self._run, name="scopestate-redis-events", daemon=True).start()
 
     def _stop_threads(self) -> None:
-        """Have the threads end; only the one that reads is waited for: the other may run a handler for any time."""
+        """End the threads, and wait only for the one that reads: the other may run a handler for any time."""
         self._stopped.set()
         connection = self._connection
         if self._started:

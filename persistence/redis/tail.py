@@ -105,11 +105,11 @@ class Tail(ABC):
 
     @abstractmethod
     def _look_soon(self) -> None:
-        """Have the reading thread call `_look` soon."""
+        """Make the reading thread call `_look` soon."""
 
     @abstractmethod
     def _begin_feed_anew(self, life: Life, number: int, why: str) -> None:
-        """The events go on behind this number, and those before are not complete: watches end with the reason."""
+        """Continue after this number; earlier events are not complete, so watches end with the reason."""
 
     # ------------------------------------------------------------------------------------------- the engine's side
 
@@ -119,11 +119,10 @@ class Tail(ABC):
         return self._number
 
     def catch_up(self, number: int, restarts: int, timeout_s: float | None, *, look: bool) -> bool:
-        """Wait until the event of this number, which this engine has published, was taken from the stream, and given to
-        the handlers if it was taken here. False if that took longer than `timeout_s`.
+        """Wait until an event published by this engine was read, and passed to the handlers if it was read here.
 
-        True as well if the numbers have started again more than `restarts` times, and at the end. `look`: they may
-        have done so unnoticed, so this must be checked.
+        False if that took longer than `timeout_s`. True as well if the numbers have started again more than `restarts`
+        times, and at the end. `look`: they may have done so unnoticed, so this must be checked.
         """
         there = threading.Event()
         entry = (number, there)
@@ -178,7 +177,7 @@ class Tail(ABC):
     # ------------------------------------------------------------------------------------------ the reader's thread
 
     def _begin(self, connection: Connection) -> None:
-        """Begin behind the newest entry."""
+        """Begin after the newest entry."""
         # Counted first: what is added between the two commands is in the second reply.
         counted = self._counted(connection)
         self._begin_behind(counted, connection.call("XREVRANGE", self._shape.stream, "+", "-", "COUNT", 1))

@@ -170,7 +170,7 @@ class Checker:
         consumer.highest[place] = max(consumer.highest.get(place, 0), fact.number)
 
     def _check_attempt(self, consumer: Consumer, fact: Began, what: str) -> None:
-        """An attempt that a kill interrupted before its handler began may have been counted: at most one for each kill."""
+        """An attempt that a kill interrupted before its handler began may be counted: at most one for each kill."""
         before, kills = consumer.attempts.get(fact.id, (0, 0))
         if not before < fact.attempt <= before + 1 + self._kills - kills:
             self._say("attempts", f"{what}; attempt {before} was before, and {self._kills - kills} kills since then")
