@@ -329,12 +329,12 @@ class Consumers(ABC):
     def replay(self, consumer: str | None, ids: Sequence[str] | None, *, reset: bool) -> int:
         """Turn letters into deliveries, and return how many. `ids` None: all. Each one whole, or not.
 
-        `reset`: attempts, times and errors begin anew; else the attempts go on, with one more.
+        `reset`: attempts, times and errors start again; else the attempts continue, with one more.
         """
 
     @abstractmethod
     def purge(self, consumer: str | None, ids: Sequence[str] | None, *, before_ms: int | None) -> int:
-        """Remove letters for good; return how many. `ids` None: all, or those that died before `before_ms`."""
+        """Remove letters permanently; return how many. `ids` None: all, or those that died before `before_ms`."""
 
     @abstractmethod
     def count(self, consumer: str | None) -> int:

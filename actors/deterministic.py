@@ -149,7 +149,7 @@ class DeterministicDispatcher:
         """Handle one message of the actor's mailbox in a later step."""
         actor.batch = 1
         if self._switch and isinstance(actor, Attempts):
-            # As if its function were found to block: other turns may then go on beside the next calls.
+            # As if its function were found to block: other turns may then run beside the next calls.
             actor.apart = actor.apart or self._random_apart.random() < self._switch
         self._add(actor.name, actor.run_batch)
 

@@ -244,7 +244,7 @@ class DurableHandler(HandlerActor):
     def _move(self, port: ConsumerPort) -> None:
         """Within a turn, so that nothing is fetched at the same time."""
         before, self._next_port = self.port, None
-        # First: what ends from here on is not told to the other place, but is among `unsent`, or left behind.
+        # First: outcomes from here on are not reported to the other place, but are among `unsent`, or left behind.
         running = self.running()
         unsent = before.hand_over()
         before.stop()
@@ -504,7 +504,7 @@ class DurableHandler(HandlerActor):
             self._dispatcher.call_later(TROUBLE_S, weakly(self.wake_up))
             return False
         if self._lost:
-            self._lose()  # now: it may be given anew, and is among what was found
+            self._lose()  # now: it may be delivered again, and is among the events that were found
         self._incoming += found
         self.offered += sum([size_of(item.event) for item in found])
         self._again = self._again or bool(found)
@@ -886,7 +886,7 @@ class DurableHandler(HandlerActor):
             return  # it was reported when it became overdue
         report = self._services.report
         if isinstance(error, Discard):
-            # What the handler has decided is no fault.
+            # A decision of the handler is not a failure.
             log.warning("event %s is discarded by %r: %s", attempt.id, function_id, described(error))
             report = self._services.tell_hooks
         for failure in self._failures(function_id, attempt, error, final=final):
@@ -915,9 +915,9 @@ class DurableHandler(HandlerActor):
         self._take_back(attempt)
 
     def _conclude(self, attempt: Attempt, outcome: Outcome, counted: Counted) -> None:
-        """The attempt is over: its lane goes on, or waits."""
+        """End an attempt: its lane continues, or waits."""
         item = attempt.item
-        # Before the lane goes on: a save must not have the next one of it without this one.
+        # Before the lane continues: a save must not contain the next event of the lane without this one.
         self._tell_port((outcome,) if type(item) is Held else _for_each(outcome, item))
         if outcome.verdict == "retry":
             item.due_ms = outcome.due_ms

@@ -192,7 +192,7 @@ class ExpiryActor(TurnActor):
         self._look()
 
     def _fail(self) -> None:
-        """Log a bug in a turn, and go on after a pause."""
+        """Log a bug in a turn, and continue after a pause."""
         log.error("a turn of the actor for expiry failed", exc_info=sys.exc_info()[1])
         self._arm(LONGEST_S)
 

@@ -69,7 +69,7 @@ _KINDS: Final = (TakeBatch, Settle, RollBack)
 
 
 class Gate:
-    """The gate of one scope, behind each of its turns.
+    """The gate of one scope, after each of its turns.
 
     A write changes memory in its turn, as in any scope; its answer and its event are held back until the actor that
     saves has committed it. No reader sees what is not on disk: a read of a key with an open write waits for the same

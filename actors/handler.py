@@ -235,7 +235,7 @@ class HandlerActor(Shaping):
             if self._claim.setdefault(HOLDER, hold) is hold:
                 self._drain(hold)
             elif not self._looking and self._may_block_others():
-                # What was offered while this turn was scheduled may wait behind a call that does not return.
+                # Events offered while this turn was scheduled may wait for a call that does not return.
                 self._look_soon()
         except BaseException:
             certainly(functools.partial(self._recover_from, hold))

@@ -158,7 +158,7 @@ class KeyIndex:
     Bucket `i` has the keys from `_lows[i]` up to `_lows[i + 1]`. Keys that were added wait beside their bucket, and are
     sorted in when the bucket is next read. The list of a bucket is never changed, only replaced, so a copy shares it.
 
-    Thread rules: one thread at a time. A method that was cut short by an exception may leave the index unusable.
+    Thread rules: one thread at a time. A method that is interrupted by an exception may leave the index unusable.
     """
 
     __slots__ = ("_added", "_buckets", "_lows", "_size", "creations")

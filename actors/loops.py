@@ -122,7 +122,7 @@ class LoopCalls:
         return None
 
     def _look_at(self, due: float, now: float) -> None:
-        # A check that is overdue may never come: the call that had asked for it may have been cut short between these
+        # A check that is overdue may never come: the call that had asked for it may have been interrupted between these
         # two lines.
         if due < self._next_look or self._next_look < now - LOOK_S:
             self._next_look = due

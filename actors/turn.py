@@ -61,8 +61,8 @@ class TurnActor(PykkaFace):
     and continues, or waits for the reply. No lock is held while a turn runs (docs/design/0003-turns.md).
 
     Thread rules: every public method may be called from any thread; `on_receive` runs with the actor claimed.
-    A turn that is cut short from outside (KeyboardInterrupt, a signal handler that raises) gives the claim back, and
-    messages that wait are handled all the same.
+    A turn that is interrupted from outside (KeyboardInterrupt, a signal handler that raises) gives the claim back, and
+    waiting messages are still handled.
     """
 
     caller_runs: ClassVar[bool] = False

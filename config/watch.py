@@ -37,7 +37,7 @@ class ConfigWatcher:
 
     A file that is wrong, gone or refused by `apply` changes nothing: `report` is called once per content, and the
     watcher goes on. Content equal to what was read last is ignored, even if the environment has changed; otherwise
-    `${VAR}` is read anew each time. Modules that `functions:` has already imported are not read again. `start` and
+    `${VAR}` is read again each time. Modules that `functions:` has already imported are not read again. `start` and
     `stop` may be called from any thread, `stop` also from a callback.
     """
 

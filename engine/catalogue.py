@@ -4,7 +4,7 @@ Their JSON schemas are made from type hints in the dialect of the reference. msg
 2020-12 dialect; the reference is draft-07 as iii writes it: `definitions`, `true` for any value, `null` in a list of
 types, ops inline in a `oneOf`. Scalars are left to msgspec.
 
-- A `Meta` with a `title` makes a type a definition of that name; notes behind it belong to the field that has it.
+- A `Meta` with a `title` makes a type a definition of that name; notes after it belong to the field that has it.
 - A result says by `json_fields` which of its fields and properties its JSON has.
 - `Meta(extra=OPTIONAL)` takes a field out of `required`.
 - The fields that scopestate adds to the reference's are optional: without them the schemas are the reference's.

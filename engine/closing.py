@@ -122,7 +122,7 @@ class Closing:
             self._pause(0.002)
 
     def _deliver_while_shared(self, sharing: Sharing, grace_s: float) -> None:
-        """With followers, deliver the fired events before calls are refused: followers' calls go on until then.
+        """With followers, deliver the fired events before calls are refused: followers' calls continue until then.
 
         Events that are fired meanwhile are delivered afterwards.
         """

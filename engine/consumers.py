@@ -187,8 +187,8 @@ class DeadLetters(_Letters):
         """Have letters delivered again, all or none even if the process is killed; return their number.
 
         A letter that holds back later events of its lane is delivered first; others come after the events that wait
-        now. With `reset`, attempts and times begin anew; without it the attempts are counted on, so one failure may
-        make it a dead letter again.
+        now. With `reset`, attempts and times start again; without it the attempts are counted further, so one failure
+        may make it a dead letter again.
         """
         return self._replay(ids, every=all, reset=reset)
 
@@ -199,7 +199,9 @@ class DeadLetters(_Letters):
         all: bool = False,  # noqa: A002 - as it is called
         before: datetime | None = None,
     ) -> int:
-        """Remove letters for good, all or none; return their number. `before` chooses those given up before that time.
+        """Remove letters permanently, all or none; return their number.
+
+        `before` chooses those given up before that time.
 
         Events that a letter held back are then delivered.
         """

@@ -348,7 +348,7 @@ class TriggerHandle:
         self._triggers.unregister(self.trigger_id)
 
     def pause(self) -> None:
-        """Begin no calls of its function until `resume`; calls that have begun go on. May be called from any thread.
+        """Begin no calls of its function until `resume`; calls that have begun continue. May be called from any thread.
 
         Up to `handler_mailbox` events wait; after that `handler_when_full` applies, so with `block` writers wait too.
         `drain()` does not wait for these events; `close()` reports them as not delivered. The events of a durable

@@ -204,9 +204,9 @@ class StateCalls:
         """Yield the entries within the bounds of `keys` in pages of `limit`; each page is read when it is requested.
 
         A key that exists during the whole walk comes exactly once; one that is created or deleted meanwhile may come or
-        not. `page.cursor` is text for `pages(cursor=...)` with the same bounds, to go on later; with a store it stays
-        valid over restarts of the engine. Raises InvalidCursor if the cursor is damaged, or belongs to another scope,
-        store or range.
+        not. `page.cursor` is text for `pages(cursor=...)` with the same bounds, to continue later; with a store it
+        stays valid over restarts of the engine. Raises InvalidCursor if the cursor is damaged, or belongs to another
+        scope, store or range.
         """
         first = arguments.page_turn(limit, **walk)
         checked_name("scope", scope)

@@ -329,7 +329,7 @@ class _TypedIteration(_Reading[T], Generic[T]):
         return typed
 
     def get(self, timeout: float | None = None) -> Change[T]:
-        """As `Changes.get`. Raises SchemaViolation; the watch then goes on behind the change."""
+        """As `Changes.get`. Raises SchemaViolation; the watch then continues after the change."""
         while (typed := self._typed(super().get(timeout))) is None:  # type: ignore[misc]  # of the watch
             pass
         return typed
@@ -342,7 +342,7 @@ class _AioTypedIteration(_Reading[T], Generic[T]):
         return typed
 
     async def get(self, timeout: float | None = None) -> Change[T]:  # noqa: ASYNC109 - as there
-        """As `Changes.get`. Raises SchemaViolation; the watch then goes on behind the change."""
+        """As `Changes.get`. Raises SchemaViolation; the watch then continues after the change."""
         while (typed := self._typed(await super().get(timeout))) is None:  # type: ignore[misc]  # of the watch
             pass
         return typed

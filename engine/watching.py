@@ -507,7 +507,7 @@ class Changes(_Watch, Generic[T]):
 
     def __next__(self) -> Change[T]:
         ready = self._ready
-        if ready:  # `_take` written out, which saves a call for most changes
+        if ready:  # `_take` written inline, which saves a call for most changes
             change: Change | None = ready[0]
             self._last = change
             del ready[0]

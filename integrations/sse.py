@@ -172,7 +172,7 @@ class WatchStream:
     # ------------------------------------------------------------------------------------------------------- watching
 
     async def _begin(self, since: str | None) -> None:
-        """Begin to watch after a cursor, or anew."""
+        """Begin to watch after a cursor, or from the start."""
         if since is not None:
             try:
                 await self._watch(since=since)

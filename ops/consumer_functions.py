@@ -75,7 +75,7 @@ class ReplayInput(msgspec.Struct, frozen=True):
 
 
 class PurgeInput(msgspec.Struct, frozen=True):
-    """Remove dead letters for good."""
+    """Remove dead letters permanently."""
 
     ids: _Ids = None
     all: _Every = False

@@ -146,7 +146,7 @@ class Taken(msgspec.Struct, omit_defaults=True):
     gone: bool = False
     """True: the other engine does not know this one as a holder of the consumer any more: it is to join again."""
     forgotten: bool = False
-    """True: because the consumer was forgotten; it begins anew."""
+    """True: because the consumer was forgotten; it starts again."""
     stands_by: bool = False
     """True: another engine has registered it later, with other filters or another order."""
 

@@ -200,7 +200,7 @@ class WatchOptions(TypedDict, total=False):
     buffer: int
     """How many changes may wait to be read; one more raises WatchOverrun. Default: 10,000."""
     on_compacted: Literal["raise", "resync"]
-    """What happens if the changes behind `since` are gone: Compacted is raised, or a new snapshot is given."""
+    """What happens if the changes after `since` are gone: Compacted is raised, or a new snapshot is given."""
     known: Iterable[str] | Iterable[tuple[str, str]]
     """With `resync`: the keys that the caller has. If the watch is of many scopes: pairs of scope and key.
 

@@ -60,15 +60,15 @@ class Poll(ChangesInput, frozen=True, kw_only=True):
     """The same, and what a bridge asks for."""
 
     tell: bool = msgspec.field(default=False, name="_events")
-    """True: all that the events of the changes say, and those of deletes of keys that did not exist."""
+    """True: include all fields of the events, and deletes of keys that did not exist."""
     among: tuple[tuple[str | None, str], ...] | None = msgspec.field(default=None, name="_among")
     """Only these of many scopes: each a name, or null and a prefix."""
     fresh: int = msgspec.field(default=0, name="_fresh")
-    """So many of them, at the end, are wanted from now on, also if there is a cursor."""
+    """The last this many of them are wanted from now on, even if there is a cursor."""
     settled: bool = msgspec.field(default=False, name="_settled")
-    """True: first wait until every change written by now can be reported, which a commit under way delays."""
+    """True: first wait until every change written by now can be reported, which a running commit delays."""
     once: bool = msgspec.field(default=False, name="_once")
-    """True: no poll goes on from this one, so nothing is kept for it."""
+    """True: no poll continues from this one, so nothing is kept for it."""
 
 
 prepare(Poll)

@@ -61,7 +61,7 @@ class TriggerOptions(TypedDict, total=False):
     start: str | None
     """Where a new consumer begins: "now", "earliest", or a cursor of a watch. Left out: "now"."""
     on_giving_up: Literal["skip", "block"] | None
-    """After the last attempt: "skip" goes on with the next event, "block" holds back those of the same `order` until
+    """After the last attempt: "skip" continues with the next event, "block" holds back those of the same `order` until
     the dead letter is replayed or purged. Left out: "skip"."""
     max_dead: int | None
     """How many dead letters are kept; with one more the consumer pauses. Left out: 100,000."""

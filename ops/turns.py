@@ -120,7 +120,7 @@ def end_of_prefix(prefix: str) -> str | None:
     if not kept:
         return None
     after = ord(kept[-1]) + 1
-    # Half of a surrogate pair is no character: a store could not compare with it.
+    # Half of a surrogate pair is not a character: a store could not compare with it.
     return kept[:-1] + chr(0xE000 if after == 0xD800 else after)
 
 

@@ -621,7 +621,7 @@ def unwrapped(turn: Turn[A]) -> Turn[A]:
 
 
 _AROUND: Final = (Once, Durable)
-"""As a tuple, which is not made anew by each call of each turn."""
+"""A tuple that is made only once, not by each call of each turn."""
 
 
 def _told(answer: A) -> A:

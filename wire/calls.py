@@ -288,7 +288,7 @@ class _Function:
         self.registration = registration
         self.handler = handler
         self.waiting: deque[tuple[frames.InvokeFunction, Answer, int]] | None = deque() if ordered else None
-        """Calls queued behind the one that runs; None if calls run concurrently."""
+        """Calls queued after the running one; None if calls run concurrently."""
         self.runs = False
         """True while a task runs the calls of `waiting`."""
 

@@ -3,8 +3,8 @@
 A message is a JSON object with a `type`. Values (`data`, `result`, `config`, ...) stay `msgspec.Raw`: JSON text that
 is passed on without being decoded. `ABSENT` is a field that is not there, `NULL` one that is null.
 
-The two most frequent messages are also written here as text: encoding the function id anew takes half of the time of a
-message.
+The two most frequent messages are also written here as text: encoding the function id each time takes half of the time
+of a message.
 """
 
 from __future__ import annotations

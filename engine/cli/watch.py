@@ -329,7 +329,7 @@ class _Watch:
         self._lines.print_mark("resync", f"all keys again: {reason}", reason=reason)
 
     def _compacted_or_raise(self, error: RemoteFailure, client: Client) -> None:
-        """Begin anew after a compaction, if that was asked for. Otherwise raise the error of the watch."""
+        """Start again after a compaction, if that was asked for. Otherwise raise the error of the watch."""
         if error.code in (FunctionNotFound.code, Forbidden.code) and not self._told:
             if error.code == FunctionNotFound.code:
                 raise Unsupported(self._needed[0], f"the engine at {client.url} is iii or an older scopestate")

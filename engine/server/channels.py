@@ -67,7 +67,7 @@ class Channel:
             reader.relay(message, text)
         if writer is not None:
             full = len(self.waiting) >= self.buffer_size or self.waiting_bytes >= BUFFER_BYTES
-            # Only while something waits here: then this channel's reader can let the writer go on.
+            # Only while something waits here: then this channel's reader can let the writer continue.
             crowded = bool(self.waiting) and self.channels.bytes_of(self.owner) >= OWNER_BYTES
             writer.hold(full or crowded)
         if self.finished and not self.waiting and reader is not None:

@@ -239,7 +239,7 @@ class _Arrival(asyncio.BufferedProtocol):
         self._requests = 0
         self._over = False
         self._answering: asyncio.Task[None] | None = None
-        """Waits for an answer that takes time; further requests of the connection wait behind it."""
+        """Waits for an answer that takes time; further requests of the connection wait for it."""
         self._timer = asyncio.get_running_loop().call_later(HANDSHAKE_S, self.end)
         self.task: asyncio.Task[None] | None = None
 

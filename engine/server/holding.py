@@ -93,7 +93,7 @@ class _Place:
 
     def note_lost(self, positions: Sequence[int]) -> None:
         """Note that it no longer holds these events. From any thread."""
-        self.lost.extend(positions)  # not `+=`, which would put back a list that was taken meanwhile
+        self.lost.extend(positions)  # not `+=`, which would put back a list that was taken in the meantime
         self.wake()
 
     def take_lost(self) -> list[int]:
@@ -159,7 +159,7 @@ class Deliveries:
         if before is None and sum(one.worker is worker for one in self._places.values()) >= MOST_HOLDERS:
             raise InvalidRegistration(f"this connection takes events for {MOST_HOLDERS} durable triggers already")
         self._places[name, asked.holder] = place
-        if self._hub.workers.get(worker.worker_id) is worker:  # otherwise its connection was lost meanwhile
+        if self._hub.workers.get(worker.worker_id) is worker:  # otherwise its connection was lost in the meantime
             place.worker = worker
         place.paused = shared.source.paused()
 

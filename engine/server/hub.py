@@ -255,7 +255,7 @@ class Hub:
         self.deliveries.hold()
 
     def act_unless_held(self, worker: Worker, action: Action) -> None:
-        """As `act`, for a server whose engine may be closed while its workers go on: see `hold`."""
+        """As `act`, for a server whose engine may be closed while its workers continue: see `hold`."""
         if self.holds is None or type(action) is not InvokeFunction or action.invocation_id is None:
             self.act(worker, action)
         elif action.function_id == polls.FUNCTION_ID:

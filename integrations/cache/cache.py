@@ -400,7 +400,7 @@ class Cache:
 
         `name` replaces the function's module and name in keys. `ignore` has positions and names of arguments that do
         not matter. `key(*args, **kwargs)` returns the key of a call, for arguments that a cache cannot hold. With
-        `early`, such as 1, a result is computed anew at a random time before it expires, sooner the longer computing
+        `early`, such as 1, a result is recomputed at a random time before it expires, sooner the longer computing
         takes; this needs `expire`.
 
         `function.__cache_key__(...)` returns the key of a call in the cache; `function.__wrapped__` is the function.

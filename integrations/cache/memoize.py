@@ -231,7 +231,7 @@ class Memo:
         mine.ended.set_result(mine.outcome)
 
     def is_early(self, took_s: float, left_s: float | None) -> bool:
-        """Decide by chance whether a result is computed anew before it expires.
+        """Decide by chance whether a result is recomputed before it expires.
 
         The method is that of Vattani, Chierichetti and Lowenstein, "Optimal Probabilistic Cache Stampede Prevention"
         (2015).
@@ -297,7 +297,7 @@ class _Computing:
             self._give_back(name, lease)
 
     def renewed(self, name: str, stored: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Compute a result anew before it expires. If another caller does so, or it fails, return the stored one."""
+        """Recompute a result before it expires. If another caller does so, or it fails, return the stored one."""
         memo, mine = self._memo, Computation(threading.get_ident())
         if memo.running.setdefault(name, mine) is not mine:
             return unpack(stored)

@@ -96,7 +96,7 @@ CREATE TABLE dead_letters (  -- each with a copy of its event: the journal may b
 CREATE UNIQUE INDEX dead_letters_consumer ON dead_letters (consumer, position);
 CREATE INDEX dead_letters_died ON dead_letters (died)
 """
-"""The tables that version 3 has made anew: no store of version 2 has anything in them."""
+"""The tables that version 3 has replaced: in a store of version 2 they are empty."""
 
 _TABLES: Final = f"""
 CREATE TABLE store (  -- one row
