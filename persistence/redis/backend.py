@@ -191,7 +191,7 @@ class RedisBackend(Backend):
                 around.expiry.expect(scope, around.clock.now_ms())
         except StorageError as error:
             if not self._closed:
-                log.warning("scopes with deadlines are not looked for, which is tried again: %s", error)
+                log.warning("could not look for scopes with deadlines; this will be retried: %s", error)
         if not self._closed:
             around.dispatcher.call_later(_LOOK_FOR_DUE_S, weakly(self._look_again))
 
@@ -241,7 +241,7 @@ class RedisBackend(Backend):
             try:
                 scopes.append(key.decode()[len(prefix) :])
             except UnicodeDecodeError:
-                log.warning("%r in Redis is no scope: its name is not UTF-8", key)
+                log.warning("%r in Redis is not a scope: its name is not UTF-8", key)
         return scopes
 
     def _scan(self, prefix: bytes, kind: str) -> set[bytes]:
@@ -274,7 +274,8 @@ class RedisBackend(Backend):
                 key = field.decode()
             except UnicodeDecodeError as error:
                 raise StorageError(
-                    f"key {field!r} of scope {scope!r} in Redis is not UTF-8, so it is no key of ours; delete it there"
+                    f"key {field!r} of scope {scope!r} in Redis is not UTF-8, so scopestate cannot use it; delete "
+                    "it there"
                 ) from error
             try:
                 found[key] = _entry_of(parse(raw), raw, beside.get(field))
@@ -347,8 +348,8 @@ class RedisBackend(Backend):
         named = [f"key {key!r} of scope {scope!r} is not JSON: {why}" for (scope, key), why in misfits[:_NAMED_MISFITS]]
         problem = f"what Redis holds for {', for '.join(named)}"
         if len(misfits) > _NAMED_MISFITS:
-            problem += f", and {len(misfits) - _NAMED_MISFITS} more"
-            problem += " or yet more" if len(misfits) == _MOST_MISFITS else ""
+            least = "at least " if len(misfits) == _MOST_MISFITS else ""
+            problem += f", and {least}{len(misfits) - _NAMED_MISFITS} more"
         return f"{problem}; set or delete {'the key' if len(misfits) == 1 else 'these keys'}"
 
     def _open_reader(self, options: RedisOptions) -> Reader | ClusterReader:

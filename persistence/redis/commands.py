@@ -50,7 +50,7 @@ _MOST_RIVALRIES: Final = 1024
 
 MOST_REPEATS: Final = 3
 """How often a call with an idempotency key is sent once more after its connection was lost."""
-_NO_LONGER_HELD: Final = "the delivery that this transaction acknowledges is over, or another engine has it by now"
+_NO_LONGER_HELD: Final = "the delivery that this transaction acknowledges is over, or another engine has it now"
 _LOOKED: Final = 3
 """Parts of the script's reply to `l`."""
 

@@ -132,7 +132,7 @@ class RedisConsumers(Consumers):
         try:
             found = self.names()
         except StorageError as error:
-            log.warning("consumers without an engine are not looked for: %s", error)
+            log.warning("could not look for consumers without an engine: %s", error)
             return
         if found:
             self._start()
@@ -279,7 +279,7 @@ class RedisConsumers(Consumers):
                     log.warning("%s; durable triggers wait for it", error)
                 self._why_not = str(error)
             except Exception:
-                log.exception("looking after durable triggers in Redis failed")
+                log.exception("keeping durable triggers in Redis up to date failed")
         self._end()
 
     def _pause_s(self) -> float:
@@ -323,7 +323,7 @@ class RedisConsumers(Consumers):
             try:
                 port.leave()
             except StorageError as error:
-                log.warning("%s: what this engine holds goes to others when its time is over", error)
+                log.warning("%s: the events that this engine holds go to other engines once their time is over", error)
             port.close()
         self._ports.clear()
         self._line.close()

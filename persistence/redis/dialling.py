@@ -23,7 +23,7 @@ from scopestate.persistence.redis.options import RedisAddress, RedisOptions
 log = logging.getLogger("scopestate.persistence.redis")
 
 _LOGIN_REFUSED: Final = (
-    "the server refused the login; what it said is left out, since it shows the password: does it know AUTH?"
+    "the server refused the login; its answer is left out because it contains the password: does it know AUTH?"
 )
 _OURS: Final = (NoConnection, NoAnswer)
 """Errors with messages of our own, which may name a host that is called like the password."""

@@ -225,7 +225,7 @@ class Reader(ReadingThreads, Tail):
             self._look(connection)
         if connection.is_stale():
             # An answer that came twice would be taken for the next one, and its events published again.
-            raise Broken("the server has closed it, or answered what it was not asked")
+            raise Broken("the server has closed it, or sent an unexpected answer")
         reply = connection.exchange(
             pack(("XREAD", "COUNT", COUNT, "BLOCK", int(BLOCK_S * 1000), "STREAMS", self._shape.stream, self._id))
         )

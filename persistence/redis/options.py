@@ -31,9 +31,9 @@ MASK = "***"
 _WRITE = "write redis://host:port, rediss://host:port for TLS, or unix:///path of a socket"
 _ENCODE = "in a user name, a password or a path write `@`, `/`, `?`, `#`, `[`, `]` and spaces as %40, %2F, %3F, ..."
 _HOST = re.compile(r"[\w.-]+(:.*)?|\[[0-9A-Fa-f:.]+(%[\w.-]+)?\](:.*)?")
-_NO_HOST = "the address has a character in its host that no host has; write host:port"
+_NO_HOST = "the host in the address contains an invalid character; write host:port"
 _NO_PORT = (
-    "the port is no whole number from 1 to 65535; write host:port, a password before it as in "
+    "the port is not a whole number from 1 to 65535; write host:port, a password before it as in "
     "redis://:PASSWORD@host:port, an IPv6 address in brackets"
 )
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,19})://")
@@ -80,7 +80,7 @@ class RedisOptions(Options, frozen=True):
     removed: ClassVar[dict[str, str]] = dict.fromkeys(
         ("delivery", "group", "claim_after_ms"),
         "give the trigger a name, `durable: NAME`, in its own section: of all engines that have a trigger of this name "
-        "one gets each event, and another one if that does not end it within `ack_wait`",
+        "one gets each event, and another engine gets it if that one does not handle it within `ack_wait`",
     )
 
     redis_url: str = "redis://localhost:6379"
@@ -271,7 +271,7 @@ def parse_redis_url(url: str) -> RedisAddress:
         raise ConfigError(f"the address does not begin with redis://, rediss:// or unix://; {_WRITE}")
     name = scheme[1].lower()
     if name not in {"redis", "rediss", "unix"}:
-        raise ConfigError(f"{_HINTS.get(name, f'`{name}://` is no address of a Redis server')}; {_WRITE}")
+        raise ConfigError(f"{_HINTS.get(name, f'`{name}://` is not the address of a Redis server')}; {_WRITE}")
     parts = _split(url)
     username, password = (_decoded(part) or None for part in (parts.username or "", parts.password or ""))
     if name == "unix":
@@ -338,7 +338,7 @@ def _split(url: str) -> SplitResult:
     try:
         parts = urlsplit(url)
     except ValueError:
-        raise ConfigError(f"this is not an address; {_ENCODE}; an IPv6 address stands in brackets") from None
+        raise ConfigError(f"this is not an address; {_ENCODE}; write an IPv6 address in brackets") from None
     if "@" in parts.path + parts.query + parts.fragment:
         raise ConfigError(f"what stands before the `@` of the address cannot be read; {_ENCODE}")
     if parts.fragment or url.endswith("#"):
@@ -384,7 +384,7 @@ def _database(path: str, query: str) -> int | None:
         return None
     if re.fullmatch(r"[0-9]{1,10}", given[0]) is None or int(given[0]) > MAX_DATABASE:
         raise ConfigError(
-            f"the database in the address is no whole number from 0 to {MAX_DATABASE}; write redis://host:port/2, "
+            f"the database in the address is not a whole number from 0 to {MAX_DATABASE}; write redis://host:port/2, "
             "or unix:///path?db=2"
         )
     return int(given[0])

@@ -432,7 +432,7 @@ class RedisPort(ConsumerPort):
         for member, entry_id, fields, attempts, first, due, error in rows:
             event = state_event_of(entry_id, fields, self._base) if fields else None
             if event is None:
-                log.error("entry %r of stream %r is no event", entry_id, self._place.shape.stream)
+                log.error("entry %r of stream %r is not an event", entry_id, self._place.shape.stream)
                 self._outcomes.append((0, ("d", member)))
                 continue
             self._held[event.position] = member
@@ -518,10 +518,12 @@ class RedisPort(ConsumerPort):
         self._lives += 1
         (base,) = self._ask(("HGET", store_key(self._place.shape), "base"))
         if base is not None and int(base) == self._base:
-            log.warning("consumer %r was forgotten by another engine, and begins anew: its trigger is here", self.name)
+            log.warning(
+                "consumer %r was forgotten by another engine, and starts again because its trigger is here", self.name
+            )
             self._ask(*self._joining(Begin("now"), self._trigger))
             return positions
-        self._report_loss("it was gone, since Redis was flushed")
+        self._report_loss("it was gone because Redis was flushed")
         _, base, _ = self._ask(*self._joining(Begin("earliest"), self._trigger))
         self._base = int(base)
         return positions

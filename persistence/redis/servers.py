@@ -228,7 +228,7 @@ class Primary(Server):
         if found is None:
             raise NotConnected(f"it does not know the service {self._service!r}; see `sentinel_service`")
         if not self._fail_overs.knows(epoch):
-            raise Behind("it does not know of the last fail-over yet")
+            raise Behind("it does not know about the last fail-over yet")
         return found[0].decode(), int(found[1])
 
     def cut(self, but: str) -> None:

@@ -207,7 +207,7 @@ class Tail(ABC):
             try:
                 event = event_of(fields)
             except (ValueError, IndexError) as error:
-                log.error("entry %r of stream %r is no event: %s", entry_id, self._shape.stream, error)  # noqa: TRY400
+                log.error("entry %r of stream %r is not an event: %s", entry_id, self._shape.stream, error)  # noqa: TRY400
                 self._id = entry_id
                 continue
             number = event.number
@@ -310,8 +310,8 @@ class Tail(ABC):
         self._begin_anew(counted)
         self.note_loss(
             missed,
-            f"{what} after event {last} (it was flushed, or a fail-over lost what was newest): this engine goes on "
-            f"with event {number + 1}; what was published in between may be missing; {CUT_FILE}",
+            f"{what} after event {last} (it was flushed, or a fail-over lost the newest events): this engine "
+            f"continues with event {number + 1}; events published in between may be missing; {CUT_FILE}",
         )
 
     def _note_unread(self, published: int, counted: int, where: str) -> None:
@@ -319,8 +319,8 @@ class Tail(ABC):
         self._begin_anew(counted)
         self.note_loss(
             published - counted,
-            f"{where} lost its end (a restart or a fail-over lost what was newest): the events {counted + 1} to "
-            f"{published}, as they were, went to no trigger of this engine; {CUT_FILE}",
+            f"{where} lost its end (a restart or a fail-over lost the newest events): the original events "
+            f"{counted + 1} to {published} reached no trigger of this engine; {CUT_FILE}",
         )
 
     def _begin_anew(self, counted: int) -> None:

@@ -39,7 +39,7 @@ class Tracked(Connection):
     def take_pushes(self) -> None:
         """Take in what the server has said. Raises Broken if there is a reply, of which none is awaited."""
         if self._next_reply() is not NOT_ALL:
-            raise Broken("the server has answered what it was not asked")
+            raise Broken("the server has sent an unexpected answer")
 
     def _next_reply(self) -> Any:
         while True:

@@ -32,11 +32,11 @@ WRITE = "write redis://host:port, rediss://host:port for TLS, or unix:///path of
 ENCODE = "in a user name, a password or a path write `@`, `/`, `?`, `#`, `[`, `]` and spaces as %40, %2F, %3F, ..."
 BEFORE_AT = f"what stands before the `@` of the address cannot be read; {ENCODE}"
 NO_PORT = (
-    "the port is no whole number from 1 to 65535; write host:port, a password before it as in "
+    "the port is not a whole number from 1 to 65535; write host:port, a password before it as in "
     "redis://:PASSWORD@host:port, an IPv6 address in brackets"
 )
 NO_DATABASE = (
-    "the database in the address is no whole number from 0 to 2147483647; write redis://host:port/2, "
+    "the database in the address is not a whole number from 0 to 2147483647; write redis://host:port/2, "
     "or unix:///path?db=2"
 )
 NO_SOCKET = "the address names no socket; write its path, as in unix:///run/redis.sock"
@@ -159,14 +159,14 @@ class TestFile:
 # The option's line, the key under `config` (None: the same as the option's) and the problem.
 DURABLE = (
     "give the trigger a name, `durable: NAME`, in its own section: of all engines that have a trigger of this name "
-    "one gets each event, and another one if that does not end it within `ack_wait`"
+    "one gets each event, and another engine gets it if that one does not handle it within `ack_wait`"
 )
 MISTAKES: list[tuple[str, str | None, str]] = [
     # The scheme.
     ("redis_url: ''", None, f"the address does not begin with redis://, rediss:// or unix://; {WRITE}"),
     ("redis_url: localhost:6379", None, f"the address does not begin with redis://, rediss:// or unix://; {WRITE}"),
     ("redis_url: redis:far", None, f"the address does not begin with redis://, rediss:// or unix://; {WRITE}"),
-    ("redis_url: tcp://far", None, f"`tcp://` is no address of a Redis server; {WRITE}"),
+    ("redis_url: tcp://far", None, f"`tcp://` is not the address of a Redis server; {WRITE}"),
     ("redis_url: ws://far:1", None, f"`ws://` is the address of another engine, for `name: bridge`; {WRITE}"),
     ("redis_url: WSS://far:1", None, f"`wss://` is the address of another engine, for `name: bridge`; {WRITE}"),
     ("redis_url: http://far", None, f"`http://` is the address of a web server; {WRITE}"),
@@ -185,24 +185,24 @@ MISTAKES: list[tuple[str, str | None, str]] = [
     ("redis_url: redis://far:-1", None, NO_PORT),
     ("redis_url: redis://one:1,two:2", None, NO_PORT),
     ("redis_url: redis://::1", None, NO_PORT),
-    ("redis_url: redis://one,two", None, "the address has a character in its host that no host has; write host:port"),
-    ("redis_url: redis://$HOST:1", None, "the address has a character in its host that no host has; write host:port"),
+    ("redis_url: redis://one,two", None, "the host in the address contains an invalid character; write host:port"),
+    ("redis_url: redis://$HOST:1", None, "the host in the address contains an invalid character; write host:port"),
     (
         "redis_url: 'redis://x[::1]:1'",
         None,
-        "the address has a character in its host that no host has; write host:port",
+        "the host in the address contains an invalid character; write host:port",
     ),
     (
         "redis_url: 'redis://[::1]x:1'",
         None,
-        "the address has a character in its host that no host has; write host:port",
+        "the host in the address contains an invalid character; write host:port",
     ),
     (
         "redis_url: 'redis://[far]:1'",
         None,
-        "the address has a character in its host that no host has; write host:port",
+        "the host in the address contains an invalid character; write host:port",
     ),
-    ("redis_url: 'redis://[::1'", None, f"this is not an address; {ENCODE}; an IPv6 address stands in brackets"),
+    ("redis_url: 'redis://[::1'", None, f"this is not an address; {ENCODE}; write an IPv6 address in brackets"),
     # The database.
     ("redis_url: redis://far/x", None, NO_DATABASE),
     ("redis_url: redis://far/-1", None, NO_DATABASE),
