@@ -34,7 +34,7 @@ _ROW_OVERHEAD = 1024
 _KNOWN_SCOPES = 4096
 """Scopes whose extents are remembered from one save to the next."""
 _CLOCK_STEP_MS = 1000
-"""The time is saved again when it is so much later: it takes a page of its own in each commit."""
+"""The time is saved again only when it is this much later: it takes a page of its own in each commit."""
 
 _Row = tuple[int, int, str, int, int | None, msgspec.Raw]
 """id, created, key, revision, expires, value."""
@@ -79,7 +79,7 @@ _SCOPES = ladder(
     "(?, ?, ?, ?, ?, ?, ?, ?, ?)",
     "ON CONFLICT (scope) DO UPDATE SET epoch = max(epoch, excluded.epoch), due = excluded.due,"
     f" revision = max(excluded.revision, {_GOES_ON}),"
-    # A log that begins where the scope goes on leaves the floor where it is.
+    # A log that begins where the scope continues leaves the floor where it is.
     f" floor = CASE WHEN excluded.floor > {_GOES_ON} THEN excluded.floor ELSE floor END,"
     f" floor_at = CASE WHEN excluded.floor > {_GOES_ON} THEN max(floor_at, excluded.floor_at) ELSE floor_at END,"
     " events = events + excluded.events, bytes = bytes + excluded.bytes",
@@ -99,7 +99,7 @@ def row_room(connection: sqlite3.Connection) -> int:
 
 
 class _Place(msgspec.Struct):
-    """Where the rows of a scope are."""
+    """The place of the rows of a scope."""
 
     number: int
     extents: dict[int, int]
@@ -116,13 +116,13 @@ class Writer:
         self._clock_ms = 0
         """The time that is saved."""
         self.given = 0
-        """The last position of the journal that was given. Set before `write`."""
+        """The last position of the journal that was assigned. Set before `write`."""
         self.logged: list[int] = []
         """The numbers of the scopes with changes for the journal that the last call of `write` has written."""
         self.log_size = 0
         """How many changes it has written into the journal."""
         self.acks: list[ConsumerChange] = []
-        """What the changes that it has written acknowledge."""
+        """The acknowledgements of the changes that it has written."""
         self.keys_written = 0
         """Keys that the running or last call of `write` has written so far. Any thread may read it."""
 
@@ -147,7 +147,7 @@ class Writer:
         return last
 
     def forget(self) -> None:
-        """A transaction was rolled back: scopes and extents that it made do not exist."""
+        """Forget the scopes and extents of a transaction that was rolled back: they do not exist."""
         self._places.clear()
         self._answers.forget()
         self._clock_ms = 0
@@ -203,7 +203,7 @@ class Writer:
     def _find(
         self, connection: sqlite3.Connection, changes: Sequence[ScopeChange], sizes: dict[int, list[int]]
     ) -> None:
-        """Write the scopes of the changes, and know where their rows are, or will be.
+        """Write the scopes of the changes, and find out where their rows are, or will be.
 
         `sizes`: of the changes for the journal, by the place of the scope's change in the batch.
         """
@@ -255,7 +255,7 @@ class Writer:
         if since is None:
             return change.revision, self.given, *added
         if since <= self._epoch * RESERVED:
-            return 0, 0, *added  # all that the scope ever had
+            return 0, 0, *added  # everything that the scope ever had
         return since, change.log[0].position - 1 if change.log else self.given, *added
 
     def _make_extents(self, connection: sqlite3.Connection, changes: Sequence[ScopeChange]) -> None:
@@ -273,7 +273,7 @@ class Writer:
                 made.add((highest, place.number, high), 8)
         made.flush()
         if highest > first:
-            # Counted, not max(extent): an extent that is given twice may stand before an older one of its scope.
+            # Counted, not max(extent): an extent that is assigned twice may come before an older one of its scope.
             connection.execute("UPDATE store SET extents = ?", (highest,))
 
     def _forget_empty(self, connection: sqlite3.Connection, emptied: Iterable[tuple[str, int]]) -> None:
@@ -349,7 +349,7 @@ def read_scope(connection: sqlite3.Connection, scope: str) -> ScopeState:
 
 
 class _Tables:
-    """What the rows of a scope say, as a scope in memory has it."""
+    """The content of a scope's rows, in the tables that a scope in memory uses."""
 
     def __init__(self, rows: Iterable[_Row] = ()) -> None:
         self.values: dict[str, bytes] = {}
@@ -380,7 +380,7 @@ def _state(scope: str, tables: _Tables, rows: int, revision: int, answers: dict[
 
 
 def revision_of(connection: sqlite3.Connection, scope: str) -> int:
-    """Return the number behind which a scope goes on."""
+    """Return the number after which a scope continues."""
     ((revision,),) = connection.execute(_REVISION, {"scope": scope}).fetchall()
     return _checked_revision(scope, revision)
 
@@ -428,7 +428,7 @@ def _entries(rows: list[_Row]) -> dict[str, Row]:
 def _read_page(connection: sqlite3.Connection, scope: str, after: int, limit: int) -> tuple[int, bool, list[_Row]]:
     """Read up to `limit` rows after an id, with one statement.
 
-    Before them: the number behind which the scope goes on, and whether it has kept answers.
+    Before them: the number after which the scope continues, and whether it has kept answers.
     """
     asked = {"scope": scope, "after": after, "limit": limit}
     ((revision, answered, count, *columns),) = connection.execute(_PAGE, asked).fetchall()
