@@ -156,6 +156,10 @@ class Migration:
             store.save([ScopeChange(scope, revision, dict(step), due_ms=due_ms.get(scope))])
         self._migrated += len(step)
 
+    def __str__(self) -> str:
+        """Return what was done, and how to continue, for a migration that has not ended."""
+        return f"{self.summary()}; repeat the command to continue"
+
     def summary(self) -> str:
         """Return what was done, as text."""
         done = "would be migrated" if self.dry_run else "migrated"

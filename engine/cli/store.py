@@ -199,7 +199,9 @@ def migrate(
         rules = rules_for(where, config)
         if not rules:
             raise ConfigError("no configuration file: name one with --config, whose rules have versions")
-        _migrate(directory_of(where), Migration(rules, scope, dry_run=dry_run), as_json=as_json)
+        migration = Migration(rules, scope, dry_run=dry_run)
+        with said_if_interrupted(migration):
+            _migrate(directory_of(where), migration, as_json=as_json)
 
 
 def _migrate(directory: str, migration: Migration, *, as_json: bool) -> None:
@@ -216,11 +218,9 @@ def _migrate(directory: str, migration: Migration, *, as_json: bool) -> None:
         advance = stack.enter_context(progress("migrating", total))
         try:
             migration.run(reader, store, advance)
-        except BaseException:
+        except Exception:
             if not as_json:
-                standard_error().print(
-                    shown(f"stopped: {migration.summary()}; repeat the command to continue"), markup=False
-                )
+                standard_error().print(shown(f"stopped: {migration}"), markup=False)
             raise
     found = migration.found
     if as_json:

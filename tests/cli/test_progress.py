@@ -93,7 +93,9 @@ def test_amounts_are_written_for_people() -> None:
     ]
 
 
-@pytest.mark.parametrize(("command", "number"), [("verify", signal.SIGTERM), ("import", signal.SIGINT)])
+@pytest.mark.parametrize(
+    ("command", "number"), [("verify", signal.SIGTERM), ("import", signal.SIGINT), ("migrate", signal.SIGINT)]
+)
 def test_a_signal_in_the_middle_of_a_check_ends_it(
     command: str, number: int, program: type[Program], cli: Run, tmp_path: Path
 ) -> None:
@@ -101,7 +103,7 @@ def test_a_signal_in_the_middle_of_a_check_ends_it(
     (tmp_path / "slow_rules.py").write_text(SLOW)
     (tmp_path / "rules.yaml").write_text(RULES)
     assert cli("store", "export", str(tmp_path / "store"), str(tmp_path / "all.jsonl")).code == 0
-    arguments = ["rules.yaml"] if command == "verify" else ["new", "all.jsonl", "--config", "rules.yaml"]
+    arguments = ["new", "all.jsonl", "--config", "rules.yaml"] if command == "import" else ["rules.yaml"]
 
     running = program("store", command, *arguments, cwd=tmp_path)
     wait_for_file(tmp_path / "begun", running.process)
@@ -113,6 +115,7 @@ def test_a_signal_in_the_middle_of_a_check_ends_it(
         == {
             "verify": "interrupted: the check has not ended; nothing was changed\n",
             "import": "interrupted: nothing was imported to new\n",
+            "migrate": "interrupted: 0 values migrated, 0 are current; repeat the command to continue\n",
         }[command]
     )
 
