@@ -400,13 +400,18 @@ class EventRouter(TurnActor):
             except MemoryError:
                 self._offer_again(handlers[0], event)
         else:
-            # All are copied before the first handler gets its copy: a change that one handler makes to its event
-            # affects no other handler, nor the feed, which has one as well.
-            for handler, own in zip(handlers, [event.copy() for _ in handlers], strict=True):
+            # Each handler gets a copy of an event that no handler and no watch has, so a change that a handler makes to
+            # its event affects nothing else. Refused: making all copies first, which delays the first delivery of many.
+            pristine = event.copy()
+            for handler in handlers:
+                own: list[StateEvent] = []
                 try:
-                    handler.offer(own)
+                    own.append(pristine.copy())
+                    handler.offer(own[0])
                 except MemoryError:
-                    self._offer_again(handler, own)
+                    if not own:
+                        certainly(lambda: own.append(pristine.copy()))  # noqa: B023 - called at once
+                    self._offer_again(handler, own[0])
 
     @staticmethod
     def _offer_again(handler: HandlerActor, event: StateEvent) -> None:

@@ -81,7 +81,8 @@ def wire_pipelined(sizes: Sizes) -> list[Row]:
     ratio, medians = compared("pipelined", sizes, sizes.calls)
     figures = {f"{name}_per_s": value for name, value in medians.items()}
     together, both = compared("fifty", sizes, sizes.calls)
-    fifty = {"one_per_s": both["echo"], "fifty_per_s": both["engine"]}
+    of_echo, _ = compared("fifty_echo", sizes, sizes.calls)
+    fifty = {"one_per_s": both["echo"], "fifty_per_s": both["engine"], "ratio_of_echo": of_echo}
     return [
         Row(
             "wire_pipelined",
@@ -112,6 +113,13 @@ def wire_delivery(sizes: Sizes) -> list[Row]:
     return [
         Row("wire_delivery", "set to handler, p50 / echo", ratio, "x", 2.5, figures=_micros(medians), own="engine_us")
     ]
+
+
+def wire_fan_out(sizes: Sizes) -> list[Row]:
+    """A set of a key that 32 triggers of one worker watch, until their first call and until their last. Not judged."""
+    whole, medians = compared("fan_outs", sizes, max(1, sizes.slow_calls // 10))
+    figures = {"first_us": medians["echo"] * 1e6, "last_us": medians["engine"] * 1e6}
+    return [Row("wire_fan_out", "32 triggers: last call / first call", whole, "x", figures=figures, own="first_us")]
 
 
 def wire_idle(sizes: Sizes) -> list[Row]:
@@ -172,6 +180,7 @@ MEASURES: dict[str, Measure] = {
     "wire_get": wire_get,
     "wire_pipelined": wire_pipelined,
     "wire_delivery": wire_delivery,
+    "wire_fan_out": wire_fan_out,
     "wire_idle": wire_idle,
     "wire_embedding": wire_embedding,
     "websocket_libraries": websocket_libraries,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import statistics
+import struct
 import sys
 import time
 from collections.abc import Callable
@@ -18,6 +19,8 @@ import picows
 from scopestate.server import new_loop
 
 TEXT = picows.WSMsgType.TEXT
+FAN_OUT = 32
+"""Triggers of one write, for `fan_outs`."""
 ID = "eae5dafc-6bcd-46bb-bec8-25102aeba9ee"
 
 
@@ -46,6 +49,13 @@ class Client(picows.WSListener):
         """Send one message."""
         assert self.transport is not None
         self.transport.send(TEXT, message)
+
+    def send_many(self, message: bytes, count: int) -> None:
+        """Send a message several times, in one write to the socket."""
+        assert self.transport is not None
+        # A mask of zeros leaves the message as it is.
+        frame = b"\x81" + struct.pack("!BHI", 0x80 | 126, len(message), 0) + message
+        self.transport.underlying_transport.write(frame * count)
 
 
 async def connect(port: int) -> Client:
@@ -79,7 +89,10 @@ async def round_trips(client: Client, count: int) -> float:
 
 
 async def pipelined(clients: list[Client], count: int) -> float:
-    """Send `count` messages in all without waiting for answers; return answers per second."""
+    """Send `count` messages in all without waiting for answers; return answers per second.
+
+    100 messages go into one write: with a write for each, the client and its system calls are what is measured.
+    """
     done = asyncio.get_running_loop().create_future()
     left = count
 
@@ -94,9 +107,7 @@ async def pipelined(clients: list[Client], count: int) -> float:
     began = time.perf_counter()
     sent = 0
     while sent < count:
-        client = clients[sent // 100 % len(clients)]
-        for _ in range(min(100, count - sent)):
-            client.send(GET)
+        clients[sent // 100 % len(clients)].send_many(GET, min(100, count - sent))
         sent += 100
         await asyncio.sleep(0)
     await done
@@ -138,15 +149,56 @@ async def deliveries(writer: Client, handler: Client, count: int) -> float:
     return statistics.median(taken)
 
 
-async def watch(handler: Client) -> None:
-    """Register a function and a trigger for it, and wait until the server knows them."""
+async def fan_outs(writer: Client, handler: Client, triggers: int, count: int) -> tuple[float, float]:
+    """Set a key that so many triggers watch; return the median seconds until their first call, and until their last."""
+    done = asyncio.get_running_loop().create_future()
+    first: list[float] = []
+    last: list[float] = []
+    clock = time.perf_counter
+    began = 0.0
+    waiting = 0
+
+    def on_handler_message(message: bytes) -> None:
+        nonlocal waiting
+        if not message.startswith(b'{"type":"invokefunction"'):
+            write()  # the server has read all answers
+            return
+        if waiting == triggers:
+            first.append(clock() - began)
+        waiting -= 1
+        start = message.index(b'"invocation_id":"') + 17
+        handler.send(
+            b'{"type":"invocationresult","function_id":"bench.on","invocation_id":"%b"}' % message[start : start + 36]
+        )
+        if not waiting:
+            last.append(clock() - began)
+            if len(last) == count:
+                done.set_result(None)
+            else:
+                handler.send(b'{"type":"ping"}')
+
+    def write() -> None:
+        nonlocal began, waiting
+        began, waiting = clock(), triggers
+        writer.send(SET)
+
+    handler.on_message = on_handler_message
+    write()
+    await done
+    return statistics.median(first), statistics.median(last)
+
+
+async def watch(handler: Client, triggers: int = 1) -> None:
+    """Register a function and triggers for it, and wait until the server knows them."""
     known = asyncio.get_running_loop().create_future()
     handler.on_message = known.set_result
     handler.send(b'{"type":"registerfunction","id":"bench.on"}')
     config = '{"scope":"watched"}'
-    handler.send(
-        f'{{"type":"registertrigger","id":"{ID}","trigger_type":"state","function_id":"bench.on","config":{config}}}'.encode()
-    )
+    for number in range(triggers):
+        handler.send(
+            f'{{"type":"registertrigger","id":"{ID[:-2]}{number:02}","trigger_type":"state","function_id":"bench.on",'
+            f'"config":{config}}}'.encode()
+        )
     handler.send(b'{"type":"ping"}')
     await known
 
@@ -170,10 +222,11 @@ async def measure(asked: dict[str, Any]) -> dict[str, Any]:
         await asyncio.get_running_loop().run_in_executor(None, sys.stdin.readline)
         return {}
     echo = await connect(asked["echo"])
-    if asked["measure"] == "deliveries":
+    if asked["measure"] in ("deliveries", "fan_outs"):
         handler = await connect(asked["engine"])
-        await watch(handler)
-    many = [await connect(asked["engine"]) for _ in range(50)] if asked["measure"] == "fifty" else []
+        await watch(handler, FAN_OUT if asked["measure"] == "fan_outs" else 1)
+    fifty = asked["measure"].startswith("fifty")
+    many = [await connect(asked["echo" if asked["measure"] == "fifty_echo" else "engine"]) for _ in range(50 * fifty)]
     for repeat in range(repeats + 1):
         match asked["measure"]:
             case "round_trips":
@@ -182,6 +235,10 @@ async def measure(asked: dict[str, Any]) -> dict[str, Any]:
                 pair = await pipelined([echo], calls), await pipelined([ours], calls)
             case "fifty":  # one connection beside fifty, both ours
                 pair = await pipelined([ours], calls), await pipelined(many, calls)
+            case "fifty_echo":  # the same of the echo server
+                pair = await pipelined([echo], calls), await pipelined(many, calls)
+            case "fan_outs":
+                pair = await fan_outs(ours, handler, FAN_OUT, calls)
             case _:
                 pair = await round_trips(echo, calls), await deliveries(ours, handler, calls)
         if repeat:  # the first one warms up

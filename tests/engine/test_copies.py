@@ -276,3 +276,31 @@ def test_what_is_equal_by_its_values_has_no_hash(item: object) -> None:
 def test_an_event_is_read_by_name_and_not_backwards(event: StateEvent) -> None:
     with pytest.raises(TypeError):
         reversed(event)  # type: ignore[call-overload]  # as of any mapping that is not a dict
+
+
+def test_each_handler_gets_an_event_of_its_own_although_memory_was_short(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy_of, copies = StateEvent.copy, 0
+
+    def scarce(event: StateEvent) -> StateEvent:
+        nonlocal copies
+        copies += 1
+        if copies == 2:  # the one for the first handler
+            raise MemoryError
+        return copy_of(event)
+
+    monkeypatch.setattr(StateEvent, "copy", scarce)
+    first, second = Seen(), Seen()
+    engine.on_change(scope="s", key="k")(first)
+    engine.on_change(scope="s", key="k")(second)
+
+    engine.set("s", "k", {"n": [1]})
+
+    (one,), (other,) = first.wait_for(1), second.wait_for(1)
+    assert copies == 4
+    assert one is not other
+    one.new_value["n"].append(2)
+    assert other.new_value == {"n": [1]}
+    engine.drain()
+    assert engine.stats().deliveries == 2

@@ -8,7 +8,7 @@ import pytest
 from raw import PATIENCE_S
 from serving import OpenRaw
 
-from scopestate import Engine
+from scopestate import Engine, ReplyTimeout
 
 
 def test_events_of_several_scopes_reach_a_worker_side_by_side_as_many_as_asked(
@@ -85,3 +85,48 @@ def test_when_a_worker_leaves_what_it_had_fails_and_what_waited_is_dropped(conne
     engine.drain(timeout=PATIENCE_S)
     stats = engine.stats()
     assert (stats.deliveries, stats.failures + stats.dropped) == (0, 5)
+
+
+def test_events_of_a_workers_own_writes_keep_their_order_and_are_counted(connect: OpenRaw, engine: Engine) -> None:
+    writer, worker = connect(), connect()
+    worker.register("on")
+    worker.trigger("on", {"scope": "s"})
+    for number in range(3):
+        writer.call("state::set", {"scope": "s", "key": "k", "value": number})
+
+    for number in range(3):  # the first was sent within its write, the others wait for the answer to the one before
+        call = worker.take("on")
+        assert call["data"]["new_value"] == number
+        worker.settle()
+        assert engine.stats().deliveries == number
+        worker.answer(call)
+    engine.drain(timeout=PATIENCE_S)
+    assert engine.stats().deliveries == 3
+
+
+def test_drain_waits_for_an_event_that_was_sent_within_its_write(connect: OpenRaw, engine: Engine) -> None:
+    writer, worker = connect(), connect()
+    worker.register("on")
+    worker.trigger("on", {"scope": "s"})
+    writer.call("state::set", {"scope": "s", "key": "k", "value": 1})
+
+    with pytest.raises(ReplyTimeout):
+        engine.drain(timeout=0.01)
+    worker.answer(worker.take("on"))
+    engine.drain(timeout=PATIENCE_S)
+
+
+def test_a_replaced_trigger_has_the_new_order_when_nothing_is_under_way(connect: OpenRaw, engine: Engine) -> None:
+    writer, worker = connect(), connect()
+    worker.register("on")
+    for order, together in (("scope", 1), ("key", 2), ("scope", 1)):
+        worker.trigger("on", {"scope": "s", "order": order}, id="t")
+        for key in "ab":
+            writer.call("state::set", {"scope": "s", "key": key, "value": order})
+        calls = [worker.take("on") for _ in range(together)]
+        worker.settle()  # no other one has come
+        for call in calls:
+            worker.answer(call)
+        for _ in range(2 - together):
+            worker.answer(worker.take("on"))
+        engine.drain(timeout=PATIENCE_S)
