@@ -36,12 +36,17 @@ log = logging.getLogger("scopestate.persistence.redis")
 
 
 class SlotTail(Tail):
-    """The position in the stream of one slot. A thread that uses it holds `lock`."""
+    """The position in the stream of one slot.
+
+    A thread that changes it holds `ClusterReader.exclusive`, or has set `is_busy` while it did: a check that asks the
+    server must not hold up the readers of other servers.
+    """
 
     def __init__(self, streams: ClusterReader, slot: int) -> None:
         super().__init__(streams.shape.in_slot(slot), streams.published(slot))
         self.slot = slot
-        self.lock = threading.Lock()
+        self.is_busy = False
+        """True while it is checked: nothing else changes it."""
         self.server = ""
         """Where it was last read."""
         self.read_s = 0.0
@@ -67,7 +72,8 @@ class SlotTail(Tail):
         self._streams.have_checked(self.slot)
 
     def _begin_feed_anew(self, life: Life, number: int, why: str) -> None:
-        self._streams.outlet.lose(self.slot, why)
+        with self._streams.exclusive:
+            self._streams.outlet.lose(self.slot, why)
 
     # ------------------------------------------------------------------------------------- for the thread that reads
 
@@ -132,36 +138,30 @@ class SlotTail(Tail):
 
 
 class ClusterArrivals(Arrivals):
-    """Gives the events of all servers to the router, one at a time. They get their positions here."""
+    """Gives the events of all servers to the router. They get their positions here.
+
+    The threads of the readers hold `ClusterReader.exclusive` when they come here: one at a time.
+    """
 
     def __init__(self, adapter: RedisBackend, reader: ClusterReader, router: EventRouter) -> None:
         super().__init__(adapter, reader, router)
         self._shape = reader.shape
-        self._exclusive = threading.Lock()
-        """Only threads of readers come here."""
-
-    def publish(self, event: Event, *, here: bool) -> tuple[tuple[HandlerActor, ...], HandlerActor | None] | None:
-        with self._exclusive:
-            return super().publish(event, here=here)
 
     def feed(self, tail: Tail, entry_id: bytes, fields: list[bytes], event: Event) -> None:
-        with self._exclusive:
-            feed = self._router.feed
-            position = feed.position + 1
-            feed.arrive(event.scope, position, lambda: state_event_of(entry_id, fields, position - event.number))
+        feed = self._router.feed
+        position = feed.position + 1
+        feed.arrive(event.scope, position, lambda: state_event_of(entry_id, fields, position - event.number))
 
     def lose(self, slot: int, why: str) -> None:
         """Changes of the scopes in a slot are missing: their watches, and those of many scopes, end with the reason."""
-        shape = self._shape
-        with self._exclusive:
-            feed = self._router.feed
-            feed.begin_anew(
-                feed.store_id,
-                feed.epoch,
-                feed.position + 1,
-                why,
-                lambda scope: key_slot(shape.key_of(scope)) == slot,
-            )
+        shape, feed = self._shape, self._router.feed
+        feed.begin_anew(
+            feed.store_id,
+            feed.epoch,
+            feed.position + 1,
+            why,
+            lambda scope: key_slot(shape.key_of(scope)) == slot,
+        )
 
 
 class ClusterReader:
@@ -186,6 +186,9 @@ class ClusterReader:
         """Slots whose position is not known, because their server could not be reached yet."""
         self._published: dict[int, Published] = {}
         self._nodes: dict[ServerPool, NodeReader] = {}
+        self.exclusive = threading.RLock()
+        """Held by a reader while it gives events to the router: many at a time, since a hand-over between threads takes
+        longer than an event."""
         self._changing = threading.RLock()
         self._started = False
         self._stopped = threading.Event()

@@ -68,6 +68,8 @@ class NodeReader(ReadingThreads):
         self._barriers = self._passed = self._pinged = 0
         """How many barriers were asked for, passed, and reached the server."""
         self._has_passed = threading.Condition()
+        self._begun_late = 0
+        """Slots that were begun late, and are not reported yet."""
         self._next_look = 0.0
         self._heard_s = 0.0
 
@@ -170,10 +172,14 @@ class NodeReader(ReadingThreads):
 
     def _begin_with(self, connection: Tracked) -> None:
         """Read the streams of all slots of this server: what was announced meanwhile is not known."""
-        slots = self._streams.servers.parts().get(self.pool, ())
+        streams = self._streams
+        slots = streams.servers.parts().get(self.pool, ())
+        late = [slot for slot in slots if slot in streams.unread]
+        if late:
+            self._begin_late(connection, late)
         for slot in slots:
             self._due[slot] = False
-            if slot in self._streams.tails:
+            if slot in streams.tails:
                 self._unsure[slot] = None
         self._next_look = time.monotonic() + LOOK_EVERY_S
 
@@ -261,13 +267,14 @@ class NodeReader(ReadingThreads):
 
     def _read_some(self, connection: Tracked) -> HandlerActor | None:
         streams = self._streams
+        late = [slot for slot in self._due if slot in streams.unread] if streams.unread else []
+        if late:
+            for slot in late:
+                del self._due[slot]
+            self._begin_late(connection, late)  # all of them before it is reported
         some = list(self._due.items())[:_AT_ONCE]
         for slot, _ in some:
             del self._due[slot]
-        late = [slot for slot, _ in some if slot in streams.unread]
-        if late:
-            self._begin_late(connection, late)
-            some = [(slot, asking) for slot, asking in some if slot not in late]
         count = max(min(COUNT, _MOST_ENTRIES // max(len(some), 1)), 1)
         commands: list[bytes] = []
         asked: list[bytes] = []
@@ -280,18 +287,22 @@ class NodeReader(ReadingThreads):
         replies = iter(self._exchange(connection, commands, len(commands)))
         here = len(some) == 1 and not self._is_away
         handler: HandlerActor | None = None
-        for (slot, asking), before in zip(some, asked, strict=True):
-            if asking:
-                next(replies)
-            reply = next(replies)
-            if type(reply) is Refusal:
-                self._redirect(slot, reply)
-            elif not reply:
-                known = streams.tails.get(slot)
-                if known is not None and time.monotonic() - known.read_s > _RECENT_S:
-                    self._unsure[slot] = None
-            else:
-                handler = self._take_entries(connection, slot, before, reply, count, here=here) or handler
+        refused: list[tuple[int, Refusal]] = []
+        with streams.exclusive:
+            for (slot, asking), before in zip(some, asked, strict=True):
+                if asking:
+                    next(replies)
+                reply = next(replies)
+                if type(reply) is Refusal:
+                    refused.append((slot, reply))
+                elif not reply:
+                    known = streams.tails.get(slot)
+                    if known is not None and time.monotonic() - known.read_s > _RECENT_S:
+                        self._unsure[slot] = None
+                else:
+                    handler = self._take_entries(connection, slot, before, reply, count, here=here) or handler
+        for slot, refusal in refused:
+            self._redirect(slot, refusal)
         return handler
 
     def _first(self, slot: int, count: int) -> bytes:
@@ -302,13 +313,12 @@ class NodeReader(ReadingThreads):
     ) -> HandlerActor | None:
         entries = next(iter(reply.values()))
         tail = self._streams.tail(slot)
-        with tail.lock:
-            if tail.id != before:
-                self._due.setdefault(slot, False)  # the reader of another server has read it meanwhile
-                return None
-            tail.server = self.address
-            self._streams.outlet.note_arrivals()
-            handler = tail.take_in(connection, entries, here=here and len(entries) == 1)
+        if tail.is_busy or tail.id != before:
+            # The reader of another server checks it, or has read it meanwhile.
+            self._later.append((time.monotonic() + _LATER_S, slot, False, False))
+            return None
+        tail.server = self.address
+        handler = tail.take_in(connection, entries, here=here and len(entries) == 1)
         if len(entries) >= count:
             self._due.setdefault(slot, False)
         return handler
@@ -352,7 +362,7 @@ class NodeReader(ReadingThreads):
                 found.remove(slot)
                 continue
             tail = streams.tail(slot)
-            with tail.lock:
+            with streams.exclusive:
                 tail.server = self.address
                 tail.begin_at(its_number, newest, life_in(life))
         streams.unread.difference_update(found)
@@ -360,15 +370,24 @@ class NodeReader(ReadingThreads):
 
     def _begin_late(self, connection: Tracked, slots: Collection[int]) -> None:
         """Begin to read streams whose server could not be reached when the engine was opened."""
+        streams = self._streams
         found = self._begin_behind(connection, slots)
-        if found:
-            self._streams.losses.note(
+        self._begun_late += len(found)
+        when_s = time.monotonic() + _LATER_S
+        mine = set(streams.servers.parts().get(self.pool, ()))
+        for slot in set(slots) - set(found):
+            if slot in mine:
+                self._later.append((when_s, slot, False, False))
+            else:
+                streams.hand_over(slot, after_s=_LATER_S)
+        # Reported when all of them are read: from then on nothing is missed.
+        if self._begun_late and not mine & streams.unread:
+            count, self._begun_late = self._begun_late, 0
+            streams.losses.note(
                 0,
                 f"Redis at {self.address} could not be reached when the engine was opened: what was published in "
-                f"{len(found)} slots of the cluster from then until now has reached no trigger of this engine",
+                f"{count} slots of the cluster from then until now has reached no trigger of this engine",
             )
-        for slot in set(slots) - set(found):
-            self._streams.hand_over(slot, after_s=_LATER_S)
 
     def _in_parts(self, connection: Tracked, commands: list[bytes]) -> list[Any]:
         replies: list[Any] = []
@@ -395,24 +414,26 @@ class NodeReader(ReadingThreads):
                 self._redirect(tail.slot, refusal)
                 continue
             number = int(counted or 0)
-            with tail.lock:
-                if tail.id != before:
+            with streams.exclusive:
+                if tail.is_busy or tail.id != before:
                     continue
                 tail.server = self.address
                 if tail.fits(number, last, published, wanted):
                     if number > tail.number:
                         self._due.setdefault(tail.slot, False)
                     continue
+                tail.is_busy = True
             self._look(connection, tail)
 
     def _look(self, connection: Tracked, tail: SlotTail) -> None:
         try:
-            with tail.lock:
-                tail.look(connection)
+            tail.look(connection)
         except Refusal as refusal:
             self._redirect(tail.slot, refusal)
         else:
             self._due.setdefault(tail.slot, False)
+        finally:
+            tail.is_busy = False
 
     def _look_around(self, connection: Tracked) -> None:
         """Read the map of the slots, and have every stream of this server checked from which something was read."""
