@@ -108,7 +108,8 @@ def test_an_emptied_scope_is_not_listed(stored_remote: RemoteProcess, open_bridg
 
 @pytest.mark.parametrize("mebibytes", [1, 9, 30])
 def test_large_values_are_kept(mebibytes: int, stored_remote: RemoteProcess, open_bridge: OpenBridge) -> None:
-    engine, value = open_bridge(stored_remote.url), "x" * (mebibytes << 20)
+    engine = open_bridge(stored_remote.url, call_timeout_ms=100_000)  # tens of seconds on a busy machine
+    value = "x" * (mebibytes << 20)
 
     engine.set("large", "k", value)
 

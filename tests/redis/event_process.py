@@ -25,7 +25,7 @@ def main() -> None:
 
     with Engine.from_config(config) as engine:
         engine.register_function("handle", handle)
-        engine.register_trigger(function_id="handle")
+        engine.register_trigger(function_id="handle", order="trigger")  # or scopes are handled side by side
         tell("ready")
         for line in sys.stdin:
             scope, count = json.loads(line)

@@ -71,7 +71,7 @@ def test_many_writers_in_two_processes_and_every_engine_sees_each_write_once_in_
 ) -> None:
     here = [engines.open(redis_server) for _ in range(2)]
     there = engines.process(redis_server)
-    seen = [Seen(engine) for engine in here]
+    seen = [Seen(engine, order="trigger") for engine in here]
 
     def write(engine: Engine, scope: str) -> None:
         for number in range(1, 101):

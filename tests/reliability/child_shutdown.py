@@ -28,6 +28,8 @@ from scopestate.errors import EngineClosed
 
 DIRECTORY, DURABILITY = sys.argv[2:4]
 ONE_HOUR_MS = 3_600_000
+GRACE_MS = 50_000
+"""How long the end may take to deliver what threads have written up to then: thousands of events, on a busy machine."""
 
 
 def say(*words: object) -> None:
@@ -42,8 +44,9 @@ def report(failure: DeliveryFailure) -> None:
     say("report", failure.event.scope, failure.event.new_value)
 
 
-def open_engine(directory: str = DIRECTORY, **limits: int) -> Engine:
+def open_engine(directory: str = DIRECTORY, *, close_grace_ms: int = GRACE_MS) -> Engine:
     """An engine that saves by itself once an hour: what is on disk later, its end has put there."""
+    limits = {"close_grace_ms": close_grace_ms}
     config = settings(DURABILITY, directory, save_interval_ms=ONE_HOUR_MS, limits=limits)
     engine = Engine.from_config(config, on_error=report)
     engine.register_function("hear", hear)

@@ -86,7 +86,9 @@ def test_closing_while_16_threads_write_each_write_is_on_disk_or_refused(
     open_engine: OpenEngine, tmp_path: Path, durability: str
 ) -> None:
     for attempt in range(2):
-        engine = open_engine(durability, folder=f"store-{attempt}", save_interval_ms=ONE_HOUR_MS)
+        # Thousands of events may wait by then, and all of them are delivered.
+        limits = {"close_grace_ms": int(PATIENCE_S * 1000)}
+        engine = open_engine(durability, folder=f"store-{attempt}", save_interval_ms=ONE_HOUR_MS, limits=limits)
         seen = Seen()
         engine.register_function("watch", seen)
         engine.register_trigger(function_id="watch")
