@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from scopestate import lifecycle
 
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any, Self
 import msgspec
 import uvicorn
 
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 
 
 class Served:

@@ -13,7 +13,7 @@ from scopestate.actors.dispatcher import ThreadDispatcher
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `import keeping`, as tests/conftest.py does for its own folder
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 from scopestate.actors.dispatcher import ThreadDispatcher
 from scopestate.actors.turn import TurnActor
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 class Worker(TurnActor):

@@ -20,7 +20,7 @@ from scopestate.errors import HandlerTimeout, Unsupported
 from scopestate.ops.deliveries import Delivery, Discard, Retry, RetryLater
 from scopestate.ops.results import StateEvent
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import pytest
 from scopestate.actors.dispatcher import ThreadDispatcher
 from scopestate.inbox import Empty, Inbox
 
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 
 
 def ends(work: Callable[[], object]) -> bool:

@@ -11,7 +11,7 @@ import pytest
 
 from scopestate.actors.loops import LoopThread
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 NAME = "scopestate-test-loop"
 
 

@@ -11,7 +11,7 @@ import pytest
 from scopestate.actors.loops import Deadlines, LoopReply
 from scopestate.actors.reply import Reply, deliver
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 def test_a_value_or_an_error_comes_out_as_often_as_it_is_asked_for() -> None:

@@ -15,7 +15,7 @@ from scopestate.actors.turn import BUSY, TurnActor
 from scopestate.errors import Overloaded, WouldDeadlock
 from scopestate.signals import certainly
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 class Recorder(TurnActor):

@@ -13,7 +13,7 @@ from typing import Any
 from scopestate import Engine, StateEvent
 from scopestate.server.server import Server
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 """How long a test waits for what must happen; far longer than it takes on a busy machine."""
 
 OpenBridge = Callable[..., Engine]

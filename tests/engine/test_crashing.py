@@ -23,7 +23,7 @@ from scopestate.persistence.sqlite import files as files_of
 from scopestate.persistence.sqlite.reading import StoreReader
 from scopestate.testing import Engines, VirtualClock
 
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 
 
 def files(directory: Path, *, scopes: Any = (), **more: Any) -> dict[str, Any]:

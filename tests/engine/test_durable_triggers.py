@@ -27,7 +27,7 @@ from scopestate.errors import (
 )
 from scopestate.ops import update_ops
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 class Opener:

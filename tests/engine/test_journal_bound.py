@@ -17,7 +17,7 @@ from scopestate.actors.journal import Needed
 from scopestate.errors import ConfigError, Overloaded
 from scopestate.persistence.sqlite.journal import SavedJournal
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 class Opener:

@@ -16,7 +16,7 @@ from scopestate import Engine
 from scopestate.config import Config, FunctionRef, LimitsConfig, from_mapping
 from scopestate.errors import ConfigError, EngineClosed, ValueTooLarge
 
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 
 seen: list[Any] = []
 

@@ -13,7 +13,7 @@ from scopestate.ops import turns
 from scopestate.ops.results import UpdateResult
 from scopestate.persistence import Row, ScopeChange, ScopeState, Store
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 """How long a test waits for what must happen; far longer than it takes on a busy machine."""
 
 

@@ -21,7 +21,7 @@ from scopestate.integrations.opentelemetry import instrument, uninstrument
 from scopestate.observing import peer_of
 from scopestate.server import Server
 
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 
 
 class Traces:

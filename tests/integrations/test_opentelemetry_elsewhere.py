@@ -22,7 +22,7 @@ from scopestate.server import Server
 from scopestate.wire.client import Client
 from scopestate.wire.depth import event_depth
 
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 
 
 class Program:

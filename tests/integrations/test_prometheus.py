@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from scopestate import Engine
 from scopestate.integrations.prometheus import METRICS, StateCollector, exposition
 
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 
 
 def on_files(folder: Path) -> Engine:

@@ -17,7 +17,7 @@ from typing import Any, Self
 import psutil
 from reliability.living import untraced_environment
 
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 
 SERVERS = {
     "uvicorn": ["uvicorn", "--port", "0"],

@@ -17,7 +17,7 @@ from scopestate.errors import StoreCorrupt
 from scopestate.persistence import FileAdapter
 from scopestate.persistence.sqlite.reading import StoreReader
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 def config(directory: Path, save_interval_ms: int) -> Config:

@@ -14,7 +14,7 @@ from scopestate.observing import origin_of
 from scopestate.ops.trace_context import TraceContext, TracedDepth, context_of
 from scopestate.wire.depth import event_depth
 
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 CONTEXT = TraceContext("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", "a=1")
 PLAIN_TABLES = {
     "answers", "consumers", "dead_letters", "deliveries", "epochs", "extents", "journal", "scopes", "sqlite_sequence",

@@ -25,7 +25,7 @@ from scopestate.persistence.redis.commands import ScopeCommands
 from scopestate.persistence.redis.owner import RedisConnectionOwner
 from scopestate.persistence.redis.script import SKIPPED
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 class LateReply:

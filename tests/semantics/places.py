@@ -16,7 +16,7 @@ import pytest
 from scopestate import Engine, StateEvent
 from scopestate.config import from_mapping
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 """How long a test waits for what must happen; far longer than it takes on a busy machine."""
 
 PLACES = ("memory", "interval", "commit", "redis", "follower")

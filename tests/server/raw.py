@@ -13,7 +13,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 from websockets.sync.connection import Connection
 
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 """How long anything may take; only a broken test takes that long."""
 
 

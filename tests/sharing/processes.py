@@ -15,7 +15,7 @@ from typing import Any
 
 from scopestate import Engine
 
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 """How long a test waits for what must happen; far longer than it takes on a busy machine."""
 
 

@@ -13,7 +13,7 @@ from conformance import SCENARIOS, TRIGGER_CASES, VECTORS, complaints_about, run
 from scopestate import Engine, StateEvent, ops
 from scopestate.errors import ScopestateError
 
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 
 
 def test_every_vector_holds_in_a_follower(following: Engine) -> None:

@@ -13,7 +13,7 @@ from websockets.asyncio.server import Server, ServerConnection, serve
 
 from scopestate.wire import frames
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 F = TypeVar("F")
 
