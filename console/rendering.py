@@ -36,7 +36,7 @@ def size(count: int) -> str:
     amount = float(count)
     for unit in ("bytes", "KB", "MB"):
         if amount < 1024:
-            return f"{count:,} bytes" if unit == "bytes" else f"{amount:,.1f} {unit}"
+            return ("1 byte" if count == 1 else f"{count:,} bytes") if unit == "bytes" else f"{amount:,.1f} {unit}"
         amount /= 1024
     return f"{amount:,.1f} GB"
 

@@ -34,6 +34,7 @@ def test_a_follower_shows_what_the_owner_has(tmp_path: Path) -> None:
     with _sharing(tmp_path) as owner, _sharing(tmp_path) as follower:
         owner.set("users", "ada", {"logins": 1})
         owner.on_change(scope="users", function_id="app::greet")(lambda event: None)
+        assert follower.get("users", "ada") == {"logins": 1}  # it is connected now
         visitor = visit(follower, write=True)
 
         assert "Part in sharing owner" in text_of(visitor.page())
@@ -110,6 +111,7 @@ def test_the_overview_has_the_figures_of_the_engine_that_has_the_scopes(engine: 
     for at in range(1200):
         engine.set("users", f"key-{at}", at)
     with Server(engine, port=0) as server, _bridged(server.url) as bridged:
+        bridged.get("users", "key-0")  # it is connected now
         visitor = visit(bridged)
         text = text_of(visitor.page())
         assert "the figures of the engine that has the scopes" in text
@@ -132,6 +134,7 @@ def test_an_engine_that_does_not_tell_its_figures_is_named_with_the_reason(tmp_p
         Server(engine, config=config.server, port=0) as server,
         _bridged(server.url, token="t" * 32) as bridged,
     ):
+        bridged.get("users", "ada")  # it is connected now
         text = text_of(visit(bridged).page())
 
     assert "does not give its own" in text
