@@ -12,7 +12,7 @@ from scopestate.actors.answers import NO_ANSWERS, Answers
 from scopestate.actors.backlog import HandlerFull
 from scopestate.actors.gate import Gate
 from scopestate.actors.index import OrderedKeys, TooLong
-from scopestate.actors.ports import NO_RULE, Answer, WriteRule
+from scopestate.actors.ports import NO_RULE, Answer, ScopeState, WriteRule
 from scopestate.actors.reply import Envelope, ReplyTo
 from scopestate.actors.scope import Collect, Housekeeping, Ping, Surroundings
 from scopestate.actors.stretch import LAST_SEQUENCE, MOST_UNSAVED, NO_DEADLINES, Collected, ScopeInMemory, part
@@ -282,21 +282,23 @@ class LocalScope(ScopeInMemory):
                 old = view.get(key)
                 self._remove(key, old)
                 return old  # type: ignore[return-value]  # A is bytes or None here
-        elif kind in _WAYS:
-            return _WAYS[kind](self, turn)  # type: ignore[no-any-return]  # as above
+        elif kind in WAYS:
+            return WAYS[kind](self, turn)  # type: ignore[no-any-return]  # as above
         return self._decide(turn)
 
     def _decide(self, turn: Turn[A]) -> A:
         """Call `decide` of the turn, and commit its changes."""
         rule, deadlines = self.rule, self._deadlines
         view = self._view
-        if deadlines or rule is not NO_RULE:
+        if deadlines or view is None or rule is not NO_RULE:
             if self._timed_view is None:
                 self._see_deadlines()
+            # A key that is not in memory may have a deadline too.
+            expiring = bool(deadlines) or view is None or rule.ttl is not None
             view = timed = self._timed_view
             assert timed is not None  # from then on
             timed.expiring, timed.strict, timed.ttl_rule = (
-                bool(deadlines) or rule.ttl is not None,
+                expiring,
                 rule.strict,
                 rule.ttl,
             )
@@ -525,10 +527,8 @@ class LocalScope(ScopeInMemory):
         return self.on_receive(turn)
 
     def _load(self, turn: Turn[Any]) -> None:
-        store = self._around.store
-        assert store is not None  # a scope that is not kept is always in memory
         try:
-            state = store.load(self.scope)
+            state = self._read()
         except StorageError as error:
             raise turn.failed(error) from error
         self._sequence = self._saved = self._collected = state.revision
@@ -541,8 +541,18 @@ class LocalScope(ScopeInMemory):
         self._deadlines = state.deadlines or NO_DEADLINES
         self._wheel = None
         self._answers = Answers(state.answers) if state.answers else NO_ANSWERS
-        self._hold(state.values)
+        self._have(state)
         self._expect()
+
+    def _read(self) -> ScopeState:
+        """Read the scope from the store."""
+        store = self._around.store
+        assert store is not None  # a scope that is not kept is always in memory
+        return store.load(self.scope)
+
+    def _have(self, state: ScopeState) -> None:
+        """Have in memory what was read; the other tables are in place."""
+        self._hold(state.values)
 
     def _serve_handler(self, turn: Turn[A]) -> A:
         """Run a turn of a closed scope: callers are refused; handlers are served as before until all is drained."""
@@ -665,7 +675,7 @@ class LocalScope(ScopeInMemory):
         return self.is_clean() and not self._saving and self._saved == self._sequence and not self.pinned
 
 
-_WAYS: Final[dict[type[Turn[Any]], Callable[[LocalScope, Any], Any]]] = {
+WAYS: Final[dict[type[Turn[Any]], Callable[[LocalScope, Any], Any]]] = {
     SetWith: LocalScope._set_with,
     SetAll: LocalScope._set_all,
     DeliveryBatch: LocalScope._acknowledge,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, NamedTuple, Protocol
 
 import msgspec
@@ -18,7 +18,7 @@ import msgspec
 from scopestate.actors.journal import ConsumerChange, Journal
 from scopestate.actors.value_rules import ValueRule
 from scopestate.ops.results import StateEvent
-from scopestate.ops.turns import TtlRule
+from scopestate.ops.turns import Range, TtlRule
 
 if TYPE_CHECKING:
     from scopestate.actors.consuming import Consumers
@@ -157,6 +157,36 @@ class ScopeChange(msgspec.Struct):
     """Consumer and position of deliveries that are over because of this change."""
 
 
+class StoredKeys(ABC):
+    """Reads parts of the scopes of a store. Every method may be called from any thread, beside `save`.
+
+    Each call reads as of one moment, and raises `StorageError`.
+    """
+
+    @abstractmethod
+    def begin(self, scope: str, most: int) -> ScopeState | None:
+        """Return the state of a scope without its keys, if it has more than `most`; None: `Store.load` is quicker."""
+
+    @abstractmethod
+    def rows(self, scope: str, keys: Sequence[str]) -> dict[str, Row]:
+        """Return what is saved under these keys, which are distinct; those that do not exist are left out."""
+
+    @abstractmethod
+    def keys(self, scope: str, within: Range, now_ms: int, besides: Container[str]) -> list[str]:
+        """Return the keys within a range, in its order, at most `limit`.
+
+        Without those of `besides`, and without those that have expired at `now_ms`.
+        """
+
+    @abstractmethod
+    def count(self, scope: str, within: Range, now_ms: int, besides: Sequence[str]) -> int:
+        """Return how many keys `keys` would return without a limit. The keys of `besides` are within the range."""
+
+    @abstractmethod
+    def each(self, scope: str, take: Callable[[str, Row], object]) -> None:
+        """Call `take` for each key, in the order of creation; also for those that have expired."""
+
+
 class Store(ABC):
     """What the scopes of one engine are saved in. Every method may be called from any thread.
 
@@ -174,6 +204,8 @@ class Store(ABC):
     clock_ms: int = 0
     """The time, in milliseconds since the epoch. The engine sets it before it saves, and each save stores it: when the
     store is opened, it is the time of the last save, or 0 if there was no save. It never goes back."""
+    stored: StoredKeys | None = None
+    """Reads parts of scopes; None: scopes are loaded whole."""
     journal: Journal | None = None
     """The journal; None if the store has no journal: then it never gets a `log`, `acks` or consumers."""
 

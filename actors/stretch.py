@@ -537,7 +537,7 @@ class ScopeInMemory(ScopeActor):
         routed, kept, gone, doomed, keys = changes.routed, changes.answers, changes.gone, changes.removed, changes.dirty
         logged = changes.logged
         creations = self._creations + len(made)
-        take_back = _remover(
+        take_back = remover(
             (values, made),
             (revisions, made),
             (created, made),
@@ -549,7 +549,7 @@ class ScopeInMemory(ScopeActor):
         )
         remove = None
         if gone or changes.untimed:
-            remove = _remover((values, gone), (revisions, gone), (created, gone), (deadlines, changes.untimed))
+            remove = remover((values, gone), (revisions, gone), (created, gone), (deadlines, changes.untimed))
         if self._gate is not None:
             self._gate.unsettled = True
             self.readable = None  # before the values can be seen
@@ -596,13 +596,13 @@ class ScopeInMemory(ScopeActor):
                 self.scope, watch, sets, before, self._sequence + 1, event_depth.get()
             )
             if logged:
-                take_back = _remover((incoming, logged))
+                take_back = remover((incoming, logged))
         made: dict[str, bytes] = {}
         if None in before:
             longest = self._around.limits.longest_name
             made = {checked_length("key", key, longest): data for key, data in sets.items() if key not in values}
             made_numbers = {key: numbers[key] for key in made}
-            take_back = _remover((values, made), (revisions, made), (created, made), (incoming, logged))
+            take_back = remover((values, made), (revisions, made), (created, made), (incoming, logged))
         keys = dict.fromkeys(sets) if dirty is not None else None
         creations = self._creations + len(made)
         if gate is not None:
@@ -745,7 +745,7 @@ class _Changes:
             self.new_times[key] = expires_ms
 
 
-def _remover(*tables: tuple[dict[Any, Any], Iterable[Any]]) -> Callable[[], object]:
+def remover(*tables: tuple[dict[Any, Any], Iterable[Any]]) -> Callable[[], object]:
     """Return a function that removes the existing keys from each table in one step, without allocating memory."""
     steps = chain(*[map(table.pop, [*keys], repeat(None)) for table, keys in tables if keys])
     return partial(deque[object](maxlen=0).extend, steps)

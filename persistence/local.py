@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Literal
 
+from scopestate.actors.keyed import KeyedScope
 from scopestate.actors.local import LocalScope
 from scopestate.actors.ports import Backend, Durability, Mistake, Options, Store, Wait
 from scopestate.actors.scope import ScopeActor, Surroundings
@@ -70,7 +71,10 @@ class LocalBackend(Backend):
     def make_scope(self, scope: str, around: Surroundings) -> ScopeActor:
         """Return a new actor for `scope`."""
         durability = self.durability(scope)
-        return LocalScope(scope, around, keeps=durability != "memory", gated=durability == "commit")
+        gated, stored = durability == "commit", None if self.store is None else self.store.stored
+        if durability == "memory" or stored is None:
+            return LocalScope(scope, around, keeps=durability != "memory", gated=gated)
+        return KeyedScope(scope, around, stored, gated=gated)
 
     def durability(self, scope: str) -> Durability:
         """Return when the writes of a scope are saved."""

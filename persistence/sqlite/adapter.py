@@ -13,6 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from functools import partial
 from threading import get_ident
 from typing import TypeVar
@@ -20,6 +21,7 @@ from typing import TypeVar
 from scopestate.actors.journal import ConsumerChange
 from scopestate.actors.ports import ScopeChange, ScopeState, Store
 from scopestate.errors import StorageError, StoreCorrupt
+from scopestate.persistence.sqlite.by_key import SavedKeys
 from scopestate.persistence.sqlite.database import (
     LIBRARY_ERRORS,
     Connect,
@@ -106,6 +108,7 @@ class FileAdapter(Store):
         self.journal: SavedJournal = SavedJournal(
             self._read, self._transact, lambda: self.clock_ms, self.directory, session
         )
+        self.stored = SavedKeys(self._read, self._make)
         room = row_room(self._writer)
         self.longest_name = min(LONGEST_NAME, room // 64)
         """Characters of a scope or key name at most; see `largest_value`."""
@@ -160,6 +163,22 @@ class FileAdapter(Store):
     def _transact(self, doing: str, work: Callable[[sqlite3.Connection], _T]) -> _T:
         """Call `work` in a transaction of its own. Raises what `save` raises."""
         return self._saving.run(self._write_alone, work, doing)
+
+    def _make(self, doing: str, work: Callable[[sqlite3.Connection], None]) -> None:
+        """Call `work`, which writes, with a connection of its own. Raises what `save` raises."""
+
+        def make() -> None:
+            self._check_usable(doing)
+            if self._damage:
+                raise StoreCorrupt(self._damage)
+            self._secure_place(doing)
+            try:
+                with closing(self._open(database_uri(self.path, "rw"))) as connection:
+                    work(connection)
+            except LIBRARY_ERRORS as error:
+                raise self._translate(error, doing) from error
+
+        self._saving.run(make)
 
     def _save_alone(
         self,

@@ -452,10 +452,10 @@ def _decode_page(ids: str, created: str, keys: bytes, revisions: str, deadlines:
         zip(
             _decode_numbers(ids),
             _decode_numbers(created),
-            _decode_names(_utf8(keys)),
+            _decode_names(utf8(keys)),
             _decode_numbers(revisions),
             _decode_deadlines(deadlines),
-            [value for (value,) in _decode_values(_utf8(values))],
+            [value for (value,) in _decode_values(utf8(values))],
             strict=True,
         )
     )
@@ -468,12 +468,9 @@ def _read_plain(connection: sqlite3.Connection, scope: str, after: int, limit: i
         found = connection.execute(_PLAIN, {"scope": scope, "after": after, "limit": limit})
         try:
             for id_, created, key, revision, expires, value in found:
-                name, data = _decoded(scope, key or b"", value or b"")
+                name, data = decoded(scope, key or b"", value or b"")
                 if type(revision) is not int or type(expires) not in (int, NoneType):
-                    raise StorageError(
-                        f"the row for key {name!r} of scope {scope!r} has no number as its revision or deadline; was "
-                        "the database edited? Correct that row with the sqlite3 tool (table `state`) and try again"
-                    )
+                    raise no_number(scope, name)
                 yield id_, created, name, revision, expires, data
         finally:
             found.close()
@@ -481,9 +478,18 @@ def _read_plain(connection: sqlite3.Connection, scope: str, after: int, limit: i
         connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, before)
 
 
-def _decoded(scope: str, key: bytes, value: bytes) -> tuple[str, msgspec.Raw]:
+def no_number(scope: str, key: str) -> StorageError:
+    """Return the error for a row whose numbers are not numbers."""
+    return StorageError(
+        f"the row for key {key!r} of scope {scope!r} has no number as its revision or deadline; was the database "
+        "edited? Correct that row with the sqlite3 tool (table `state`) and try again"
+    )
+
+
+def decoded(scope: str, key: bytes, value: bytes) -> tuple[str, msgspec.Raw]:
+    """Return the key and the value of a row. Raises `StorageError`, which names the row, if it does not hold JSON."""
     try:
-        return key.decode(), _decode_value(_utf8(value))
+        return key.decode(), _decode_value(utf8(value))
     except _NOT_JSON as error:
         raise StorageError(
             f"the row for key {key.decode(errors='replace')!r} of scope {scope!r} does not hold JSON ({error}); was "
@@ -491,7 +497,7 @@ def _decoded(scope: str, key: bytes, value: bytes) -> tuple[str, msgspec.Raw]:
         ) from error
 
 
-def _utf8(text: bytes) -> bytes:
+def utf8(text: bytes) -> bytes:
     """Return `text`. Raises `UnicodeDecodeError` if it is not UTF-8, which neither SQLite nor the decoder checks."""
     if not text.isascii():
         text.decode()

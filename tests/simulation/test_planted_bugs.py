@@ -194,7 +194,7 @@ def half_of_a_transaction_is_saved(patch: Patch) -> None:
 
 def a_condition_is_not_looked_at(patch: Patch) -> None:
     patch.setattr(writes, "check_revision", lambda *_: None)
-    patch.delitem(local._WAYS, writes.SetWith)
+    patch.delitem(local.WAYS, writes.SetWith)
 
 
 BUGS: list[Callable[[Patch], None]] = [

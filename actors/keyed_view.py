@@ -1,0 +1,171 @@
+"""What turns see of a scope of which only a part is in memory."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from scopestate.actors.index import OrderedKeys
+from scopestate.actors.ports import Answer, Row, StoredKeys
+from scopestate.actors.view import WithDeadlines
+from scopestate.actors.wheel import Wheel
+from scopestate.ops.ranges import Count, DeleteRange, Entries, Keys, Pairs, ReadPage, State, Values
+from scopestate.ops.transactions import Transact
+from scopestate.ops.turns import Entry, Range, Turn
+from scopestate.ops.writes import Durable, Expire, Once
+
+if TYPE_CHECKING:
+    from scopestate.actors.keyed import KeyedScope
+    from scopestate.actors.scope import Surroundings
+
+_NO_KEYS: Final = OrderedKeys({}, lambda: 0)
+_FEW: Final = 1000
+"""So many keys, and what is stored under them, are read in a few milliseconds."""
+_READ_AHEAD: Final = 256
+"""Entries that are read together, of a turn that has listed keys."""
+_LIKE_A_PAGE: Final = 100
+"""A page of entries takes about as long as so many keys that are read one by one: 5 ms."""
+_LIKE_A_COUNT: Final = 2000
+"""The same for counting a million keys."""
+_LOOK_AT_EACH: Final = (Pairs, Values, Entries, State, ReadPage, DeleteRange)
+"""Turns that look at what is stored under each key that they list."""
+
+
+def keys_read(turn: Turn[Any]) -> int:
+    """Return as many keys as take the time of a turn without given keys; 0: it needs the whole scope."""
+    while isinstance(turn, (Once, Durable)):
+        turn = turn.turn
+    if isinstance(turn, Count):
+        return _LIKE_A_COUNT
+    if isinstance(turn, (Transact, Expire, DeleteRange, ReadPage)):
+        return _LIKE_A_PAGE
+    if isinstance(turn, (Keys, Pairs, Values, Entries, State)):
+        limit = turn.within.limit
+        return _LIKE_A_PAGE if limit is not None and limit <= _FEW else 0
+    return 0
+
+
+class Keyed(WithDeadlines):
+    """The view of such a scope. It reads what is not in memory, and puts the store and the changes together."""
+
+    __slots__ = ("_created", "_listed", "_looks_at_each", "_rows", "_scope", "_stored", "_writes")
+
+    def __init__(
+        self,
+        scope: KeyedScope,
+        around: Surroundings,
+        stored: StoredKeys,
+        values: dict[str, bytes],
+        revisions: dict[str, int],
+        created: dict[str, int],
+        answers: dict[str, Answer],
+        deadlines: dict[str, int],
+        wheel: Wheel,
+    ) -> None:
+        super().__init__(scope.scope, around, _NO_KEYS, values, revisions, answers, deadlines, wheel)
+        self._scope = scope
+        self._stored = stored
+        self._created = created
+        self._rows: dict[str, Row] = {}
+        """What a turn that only reads has read of the keys that it has listed. It does not stay in memory."""
+        self._listed: list[str] = []
+        """Keys that the turn has listed and not looked at yet, the last one first."""
+        self._looks_at_each = self._writes = False
+        self.get = self._get
+
+    def begin(self, turn: Turn[Any] | None) -> None:
+        """Begin a turn without given keys; None: one with given keys."""
+        self._rows, self._listed = {}, []
+        self._looks_at_each = False
+        if turn is not None:
+            self._writes = turn.writes
+            while isinstance(turn, (Once, Durable)):
+                turn = turn.turn
+            self._looks_at_each = isinstance(turn, _LOOK_AT_EACH)
+
+    def _get(self, key: str) -> bytes | None:
+        row = self._row(key)
+        if row is None:
+            return self._get_unexpired(key)
+        return None if self._is_over(row) else row.json
+
+    def entry(self, key: str) -> Entry | None:
+        row = self._row(key)
+        if row is None:
+            return super().entry(key)
+        return None if self._is_over(row) else Entry(row.json, row.revision, row.expires_ms)
+
+    def lapsed(self, key: str) -> Entry | None:
+        if key not in self._values:
+            self._scope.bring((key,))
+        return super().lapsed(key)
+
+    def _is_over(self, row: Row) -> bool:
+        return row.expires_ms is not None and row.expires_ms <= self.now_ms
+
+    def _row(self, key: str) -> Row | None:
+        """Have a key in memory, or return its row if it need not stay there."""
+        if key in self._values:
+            return None
+        if key not in self._rows:
+            listed = self._listed
+            if not self._looks_at_each or not listed:
+                self._scope.bring((key,))
+                return None
+            ahead = [listed.pop() for _ in range(min(_READ_AHEAD, len(listed)))]
+            if key not in ahead:  # it is looked at again
+                ahead.append(key)
+            if self._writes:
+                self._scope.bring(ahead)
+                return None
+            self._rows = self._stored.rows(self.scope, [one for one in ahead if one not in self._values])
+        return self._rows.get(key)
+
+    def keys(self, within: Range) -> Sequence[str]:
+        """Return the keys within a range, in its order, at most `limit`."""
+        changed = {key: None for key in self._scope.changed() if within.holds(key)}
+        stored = self._stored.keys(self.scope, within, self.now_ms, changed)
+        here = sorted(filter(self._is_here, changed), reverse=within.reverse)
+        found = list(heapq.merge(stored, here, reverse=within.reverse)) if here else stored
+        if within.limit is not None:
+            del found[within.limit :]
+        self._listed = found[::-1] if self._looks_at_each else []
+        return found
+
+    def count(self, within: Range) -> int:
+        """Return how many keys `keys` would return."""
+        changed = [key for key in self._scope.changed() if within.holds(key)]
+        unlimited = msgspec.structs.replace(within, limit=None)
+        stored = self._stored.count(self.scope, unlimited, self.now_ms, changed)
+        there = stored + sum(map(self._is_here, changed))
+        return there if within.limit is None else min(there, within.limit)
+
+    def _is_here(self, key: str) -> bool:
+        """True if a key that may differ from the store exists."""
+        return key in self._values and not self._is_expired(key)
+
+    def items(self) -> list[tuple[str, bytes]]:
+        """Return all keys that have not expired with their JSON, in the order of creation."""
+        values, created = self._values, self._created
+        changed = self._scope.changed()
+        found: list[tuple[str, bytes]] = []
+
+        def take(key: str, row: Row) -> None:
+            if key not in changed:
+                if not self._is_over(row):
+                    found.append((key, row.json))
+            elif created.get(key) == row.created:
+                del changed[key]
+                if not self._is_expired(key):
+                    found.append((key, values[key]))
+
+        self._stored.each(self.scope, take)
+        new = sorted([(created[key], key) for key in changed if self._is_here(key)])
+        return found + [(key, values[key]) for _, key in new]
+
+    def values(self) -> list[bytes]:
+        """Return the JSON of all keys that have not expired, in the order of creation."""
+        return [data for _, data in self.items()]

@@ -1,0 +1,265 @@
+"""Reading parts of a scope by key: for scopes that are too large to be loaded whole.
+
+The table `state` finds a row by the write that created its key. Two indices find it by its key and by its deadline.
+They are made when a scope with many keys is first read in part, as each new key costs one more row in them. A database
+that has them can be used by versions of scopestate that know nothing of them
+(docs/design/0081-scopes-larger-than-memory.md).
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import sqlite3
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager
+from types import NoneType
+from typing import Final
+
+import msgspec
+
+from scopestate.actors.ports import Row, ScopeState, StoredKeys
+from scopestate.errors import StorageError, StoreCorrupt
+from scopestate.ops.turns import Range
+from scopestate.persistence.sqlite.answers import read_answers
+from scopestate.persistence.sqlite.database import primary_code
+from scopestate.persistence.sqlite.journal import Run
+from scopestate.persistence.sqlite.rows import decoded, no_number, read_pages, revision_of, utf8
+from scopestate.persistence.sqlite.schema import EXTENT_BITS, EXTENT_MASK
+
+log = logging.getLogger("scopestate.persistence.file")
+
+_MADE: Final = (
+    f"CREATE INDEX IF NOT EXISTS state_keys ON state (id >> {EXTENT_BITS}, key, expires)",
+    f"CREATE INDEX IF NOT EXISTS state_expires ON state (id >> {EXTENT_BITS}, expires) WHERE expires IS NOT NULL",
+)
+_ARE_MADE: Final = "SELECT count(*) FROM sqlite_master WHERE name IN ('state_keys', 'state_expires')"
+
+_MORE: Final = (
+    "SELECT 1 FROM scopes CROSS JOIN extents ON extents.scope = scopes.number CROSS JOIN state"  # noqa: S608 - constants
+    f" ON state.id BETWEEN extents.extent << {EXTENT_BITS} AND (extents.extent << {EXTENT_BITS}) + {EXTENT_MASK}"
+    " WHERE scopes.scope = :scope AND scopes.due IS NULL LIMIT 1 OFFSET :most"
+)
+"""Has a row if a scope has more keys than `most`, and none of them has a deadline."""
+_EXTENTS: Final = (
+    "SELECT high, extent FROM scopes CROSS JOIN extents ON extents.scope = scopes.number"
+    " WHERE scopes.scope = ? ORDER BY high"
+)
+_ASKED: Final = (256, 16, 1)
+"""Keys for each statement, as in `statements.py`."""
+_ROWS: Final = {
+    count: f"SELECT id & {EXTENT_MASK}, CAST(key AS BLOB), revision, expires, CAST(value AS BLOB) FROM state"  # noqa: S608 - constants
+    f" INDEXED BY state_keys WHERE id >> {EXTENT_BITS} = ? AND key IN ({','.join('?' * count)})"
+    for count in _ASKED
+}
+_COUNTED: Final = {
+    count: f"SELECT count(*) FROM state INDEXED BY state_keys WHERE id >> {EXTENT_BITS} = ?"  # noqa: S608 - constants
+    f" AND key IN ({','.join('?' * count)}) AND (expires IS NULL OR expires > ?)"
+    for count in _ASKED
+}
+_PAGE_KEYS: Final = 1000
+_WHOLE_ROW: Final = 0x7FFFFFFF
+"""SQLite's length limit while rows are read one by one."""
+
+_decode_names = msgspec.json.Decoder(list[str]).decode
+
+
+def make_indices(connection: sqlite3.Connection) -> None:
+    """Make the indices, in one transaction. About a second for a million keys."""
+    # On the disk: in memory, sorting the keys would take as much memory as they do.
+    connection.execute("PRAGMA temp_store = FILE")
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        for statement in _MADE:
+            connection.execute(statement)
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+
+
+class SavedKeys(StoredKeys):
+    """The keys of the scopes in a database. From any thread."""
+
+    def __init__(self, read: Run, make: Callable[[str, Callable[[sqlite3.Connection], None]], None]) -> None:
+        """`read` gives a connection that sees committed data only, `make` one that may write, for this once."""
+        self._read = read
+        self._make = make
+        self._ready = False
+
+    def begin(self, scope: str, most: int) -> ScopeState | None:
+        """Return a scope without its keys, if it has more than `most`; None: load it whole. Raises StorageError."""
+        doing = f"load scope {scope!r}"
+        if not self._read(doing, lambda connection: self._is_large(connection, scope, most)):
+            return None
+        if not self._ready and not self._make_ready():
+            return None
+        return self._read(doing, lambda connection: _without_keys(connection, scope))
+
+    def _is_large(self, connection: sqlite3.Connection, scope: str, most: int) -> bool:
+        """Tell whether a scope has more keys than `most`, and if so, note whether there are indices."""
+        if not connection.execute(_MORE, {"scope": scope, "most": most}).fetchall():
+            return False
+        if not self._ready:
+            ((made,),) = connection.execute(_ARE_MADE).fetchall()
+            self._ready = made == len(_MADE)
+        return True
+
+    def _make_ready(self) -> bool:
+        """Make the indices. False if that is not possible: then scopes are loaded whole, as without this module."""
+        try:
+            log.info("making indices for scopes with many keys, once for this store")
+            self._make("make the indices for its keys", make_indices)
+        except StoreCorrupt:
+            raise
+        except StorageError as error:
+            log.warning("scopes with many keys are loaded whole, which takes long: %s", error)
+            return False
+        self._ready = True
+        return True
+
+    def rows(self, scope: str, keys: Sequence[str]) -> dict[str, Row]:
+        """Return what is saved under these keys, where they exist. Raises StorageError for a row that is not JSON."""
+        return self._read(f"read keys of scope {scope!r}", lambda connection: _rows(connection, scope, keys))
+
+    def keys(self, scope: str, within: Range, now_ms: int, besides: Container[str]) -> list[str]:
+        """Return the keys within a range, in its order, at most `limit`, without those that have expired."""
+
+        def read(connection: sqlite3.Connection) -> list[str]:
+            found: list[str] = []
+            limit = within.limit
+            if limit == 0:
+                return found
+            with _one_moment(connection):
+                parts = [_keys(connection, extent, within, now_ms) for _, extent in _extents(connection, scope)]
+                for key in heapq.merge(*parts, reverse=within.reverse):
+                    if key not in besides:
+                        found.append(key)
+                        if len(found) == limit:
+                            break
+            return found
+
+        return self._read(f"read the keys of scope {scope!r}", read)
+
+    def count(self, scope: str, within: Range, now_ms: int, besides: Sequence[str]) -> int:
+        """Return how many keys `keys` would return, whatever its limit."""
+
+        def read(connection: sqlite3.Connection) -> int:
+            count = 0
+            with _one_moment(connection):
+                for _, extent in _extents(connection, scope):
+                    count += _count(connection, extent, within, now_ms)
+                    for some in _portions(besides):
+                        found = connection.execute(_COUNTED[len(some)], (extent, *some, now_ms)).fetchall()
+                        count -= int(found[0][0])
+            return count
+
+        return self._read(f"count the keys of scope {scope!r}", read)
+
+    def each(self, scope: str, take: Callable[[str, Row], object]) -> None:
+        """Call `take` for each key with its row, in the order of creation, with those that have expired."""
+
+        def read(connection: sqlite3.Connection) -> None:
+            with _one_moment(connection):
+                for key, row in read_pages(connection, scope):
+                    take(key, row)
+
+        self._read(f"read scope {scope!r}", read)
+
+
+def _without_keys(connection: sqlite3.Connection, scope: str) -> ScopeState:
+    with _one_moment(connection):
+        revision = revision_of(connection, scope)
+        return ScopeState({}, {}, {}, {}, revision, read_answers(connection, scope))
+
+
+@contextmanager
+def _one_moment(connection: sqlite3.Connection) -> Iterator[None]:
+    """Have several statements read the database as of one moment."""
+    connection.execute("BEGIN")
+    try:
+        yield
+    finally:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+
+
+def _extents(connection: sqlite3.Connection, scope: str) -> list[tuple[int, int]]:
+    """Return the extents of a scope, each with the higher bits of the numbers of its writes."""
+    return connection.execute(_EXTENTS, (scope,)).fetchall()
+
+
+def _portions(keys: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Yield the keys in portions for which there are statements."""
+    start = 0
+    for count in _ASKED:
+        while len(keys) - start >= count:
+            yield keys[start : start + count]
+            start += count
+
+
+def _rows(connection: sqlite3.Connection, scope: str, keys: Sequence[str]) -> dict[str, Row]:
+    found: dict[str, Row] = {}
+    # A value may be larger than a page.
+    before = connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _WHOLE_ROW)
+    try:
+        extents = _extents(connection, scope)
+        for some in _portions(keys):
+            for high, extent in extents:
+                for low, key, revision, expires_ms, value in connection.execute(_ROWS[len(some)], (extent, *some)):
+                    name, data = decoded(scope, key, value)
+                    if name in found:
+                        raise StorageError(
+                            f"scope {scope!r} holds the key {name!r} twice; was the database edited? Delete one of its "
+                            "rows with the sqlite3 tool (the view `entries` shows them)"
+                        )
+                    if type(revision) is not int or type(expires_ms) not in (int, NoneType):
+                        raise no_number(scope, name)
+                    found[name] = Row(bytes(data), revision, high << EXTENT_BITS | low, expires_ms)
+    finally:
+        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, before)
+    return found
+
+
+def _bounds(extent: int, within: Range, now_ms: int) -> tuple[str, list[int | str]]:
+    """Return the condition for the keys of a range, and its parameters."""
+    low, included = within.low()
+    high = within.high()
+    text = f"id >> {EXTENT_BITS} = ? AND key {'>=' if included else '>'} ?"
+    parameters: list[int | str] = [extent, low]
+    if high is not None:
+        text += " AND key < ?"
+        parameters.append(high)
+    return text + " AND (expires IS NULL OR expires > ?)", [*parameters, now_ms]
+
+
+def _count(connection: sqlite3.Connection, extent: int, within: Range, now_ms: int) -> int:
+    condition, parameters = _bounds(extent, within, now_ms)
+    text = f"SELECT count(*) FROM state INDEXED BY state_keys WHERE {condition}"  # noqa: S608 - ours
+    return int(connection.execute(text, parameters).fetchall()[0][0])
+
+
+def _keys(connection: sqlite3.Connection, extent: int, within: Range, now_ms: int) -> Iterator[str]:
+    """Yield the keys of one extent within a range, read in pages."""
+    order = "DESC" if within.reverse else "ASC"
+    wanted = _PAGE_KEYS if within.limit is None else min(within.limit, _PAGE_KEYS)
+    while True:
+        condition, parameters = _bounds(extent, within, now_ms)
+        text = (
+            "SELECT CAST(json_group_array(key) AS BLOB) FROM (SELECT key FROM state INDEXED BY state_keys"  # noqa: S608 - ours
+            f" WHERE {condition} ORDER BY key {order} LIMIT ?)"
+        )
+        try:
+            ((page,),) = connection.execute(text, [*parameters, wanted]).fetchall()
+        except sqlite3.DataError as error:
+            if primary_code(error) != sqlite3.SQLITE_TOOBIG or wanted == 1:
+                raise
+            wanted = max(1, wanted // 8)  # these keys are long
+            continue
+        keys = _decode_names(utf8(page))
+        yield from keys
+        if len(keys) < wanted:
+            return
+        last = keys[-1]
+        within = msgspec.structs.replace(within, **({"end": last} if within.reverse else {"after": last}))
