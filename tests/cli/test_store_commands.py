@@ -103,8 +103,8 @@ def test_info_tells_of_deadlines_answers_and_ends_that_were_not_in_order(cli: Ru
     assert facts == {
         "keys": 5, "in_use": True, "ends": 1, "saved_ms": 1_800_000_000_123, "expired": 1, "answers": 1,
     }  # fmt: skip
-    assert "in use, or not closed in order, last saved 2027-01-15T08:00:00+00:00" in shown
-    assert "not closed in order 1 time before, 1 key expired and not removed yet, 1 kept answer to calls" in shown
+    assert "in use, or not closed cleanly, last saved 2027-01-15T08:00:00+00:00" in shown
+    assert "not closed cleanly 1 time before, 1 key expired and not removed yet, 1 kept answer to calls" in shown
 
 
 @pytest.mark.parametrize(
