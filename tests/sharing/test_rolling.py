@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from processes import PATIENCE_S, role_of, wait_until
 
-from scopestate import DeliveryFailure, Engine, ScopestateError
+from scopestate import DeliveryFailure, Engine, ScopestateError, closing
 
 Open = Callable[..., Engine]
 
@@ -101,7 +101,10 @@ def test_followers_miss_nothing_if_a_new_process_is_the_next_owner(
     assert failures == []
 
 
-def test_an_owner_that_closes_tells_its_followers_everything_first(open_engine: Open) -> None:
+def test_an_owner_that_closes_tells_its_followers_everything_first(
+    open_engine: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(closing, "CATCH_UP_S", PATIENCE_S)
     failures: list[DeliveryFailure] = []
     owner = open_engine(durability="interval")
     worker = Worker(open_engine, failures)
