@@ -88,10 +88,11 @@ async def round_trips(client: Client, count: int) -> float:
     return statistics.median(taken)
 
 
-async def pipelined(clients: list[Client], count: int) -> float:
+async def pipelined(clients: list[Client], count: int, *, gathered: bool = False) -> float:
     """Send `count` messages in all without waiting for answers; return answers per second.
 
-    100 messages go into one write: with a write for each, the client and its system calls are what is measured.
+    `gathered`: 100 messages go into one write. With many connections and a write for each message, the system calls of
+    the client are what is measured.
     """
     done = asyncio.get_running_loop().create_future()
     left = count
@@ -107,7 +108,12 @@ async def pipelined(clients: list[Client], count: int) -> float:
     began = time.perf_counter()
     sent = 0
     while sent < count:
-        clients[sent // 100 % len(clients)].send_many(GET, min(100, count - sent))
+        client = clients[sent // 100 % len(clients)]
+        if gathered:
+            client.send_many(GET, min(100, count - sent))
+        else:
+            for _ in range(min(100, count - sent)):
+                client.send(GET)
         sent += 100
         await asyncio.sleep(0)
     await done
@@ -234,9 +240,9 @@ async def measure(asked: dict[str, Any]) -> dict[str, Any]:
             case "pipelined":
                 pair = await pipelined([echo], calls), await pipelined([ours], calls)
             case "fifty":  # one connection beside fifty, both ours
-                pair = await pipelined([ours], calls), await pipelined(many, calls)
+                pair = await pipelined([ours], calls, gathered=True), await pipelined(many, calls, gathered=True)
             case "fifty_echo":  # the same of the echo server
-                pair = await pipelined([echo], calls), await pipelined(many, calls)
+                pair = await pipelined([echo], calls, gathered=True), await pipelined(many, calls, gathered=True)
             case "fan_outs":
                 pair = await fan_outs(ours, handler, FAN_OUT, calls)
             case _:

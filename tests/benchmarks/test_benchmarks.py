@@ -120,6 +120,7 @@ JUDGED = {
     "owner_followed": {"at_most": 1.05},
 }
 SHOWN = {
+    "wire_fan_out",
     "cache_durable",
     "set_beside_cpu_p99",
     "set_vs_burner_redis",
