@@ -23,6 +23,7 @@ from benchmarks import (
     measures_size,
     measures_storage,
     measures_threads,
+    measures_values,
     measures_wire,
     measures_writes,
 )
@@ -32,6 +33,7 @@ from benchmarks.report import environment, summary, table, write_json, write_svg
 
 MEASURES: dict[str, Measure] = {
     **measures_calls.MEASURES,
+    **measures_values.MEASURES,
     **measures_writes.MEASURES,
     **measures_keys.MEASURES,
     **measures_cache.MEASURES,

@@ -18,12 +18,18 @@ from typing import Any, Final
 import msgspec
 
 from scopestate.errors import DeserializationError, InvalidValue
+from scopestate.ops.checked_copy import (
+    INT_MAX,
+    INT_MIN,
+    MANY,
+    Shared,
+    copy_array,
+    copy_object,
+    encode_copy,
+)
 
 MAX_LEVELS: Final = 128
 """Deepest nesting of arrays and objects; a scalar is 0 levels, `[]` is 1."""
-
-_INT_MIN: Final = -(2**63)
-_INT_MAX: Final = 2**64 - 1
 
 _READINGS: Final = 100
 """How often a value that other threads are changing is read, until it has not changed during a reading."""
@@ -48,24 +54,22 @@ def encode(value: Any) -> bytes:
     try:
         kind = type(value)
         if kind is dict:
-            # The loop of `_copy_of` once more: most values are an object of a few fields, and the call shows there.
+            # The loop of `copy_object` once more: most values are an object of a few fields, and the call shows there.
             copy = value.copy()
-            nested = False
+            shared: Shared | None = None  # a list if there are containers inside
             for key, item in copy.items():
                 if type(key) is not str:
                     break
                 kind = type(item)
-                if kind is str:
+                if kind is str or kind is bool or item is None:
                     continue
                 if kind is int:  # the short range is the quicker test, and nearly always enough
-                    if -0x3FFFFFFF < item < 0x3FFFFFFF or _INT_MIN <= item <= _INT_MAX:
+                    if -0x3FFFFFFF < item < 0x3FFFFFFF or INT_MIN <= item <= INT_MAX:
                         continue
-                elif kind is bool or item is None:
-                    continue
                 elif kind is float:
-                    if item - item == 0.0:  # NaN and the infinities give NaN
+                    if -1e308 < item < 1e308 or item - item == 0.0:  # NaN and the infinities give NaN
                         continue
-                else:
+                elif kind is list or kind is dict:
                     if kind is list:
                         # A list of texts, such as tags, without the call: a tenth of the time of the whole.
                         texts = item.copy()
@@ -74,30 +78,48 @@ def encode(value: Any) -> bytes:
                                 break
                         else:
                             copy[key] = texts
-                            nested = True
+                            shared = shared or _NOTHING
                             continue
-                    if (inner := _copy_of(item, MAX_LEVELS - 1)) is not None:
+                    if not shared:
+                        if len(copy) >= MANY:
+                            return _encode_container(value)
+                        shared = []
+                    inner = copy_array(item, _INSIDE, shared) if kind is list else copy_object(item, _INSIDE, shared)
+                    if inner is not None:
                         copy[key] = inner
-                        nested = True
                         continue
                 break
             else:
-                # The parts were copied one after another. If the original equals the copy now, the copy is consistent.
-                if not nested or value == copy:
+                if shared is None or (not shared and value == copy):
                     return _to_json(copy)
+                if shared and (data := encode_copy(value, copy, MAX_LEVELS, shared)) is not None:
+                    return data
         elif kind is list:
-            if (copy := _copy_of(value, MAX_LEVELS)) is not None and value == copy:
-                return _to_json(copy)
-        elif (
-            kind is str
-            or kind is bool
-            or value is None
-            or (kind is int and _INT_MIN <= value <= _INT_MAX)
-            or (kind is float and value - value == 0.0)
-        ):
+            return _encode_container(value)
+        elif kind is str or kind is bool or value is None:  # noqa: SIM114 - one condition would take eight lines
             return _to_json(value)
-    except (UnicodeEncodeError, RecursionError):
-        pass  # `normalise` finds the place
+        elif (kind is int and INT_MIN <= value <= INT_MAX) or (kind is float and value - value == 0.0):
+            return _to_json(value)
+    except (UnicodeEncodeError, RuntimeError):
+        pass  # too deep, or changed by another thread: `normalise` finds the place
+    return _to_json(normalise(value))
+
+
+_NOTHING: Final[Shared] = []
+_INSIDE: Final = MAX_LEVELS - 1
+
+
+def _encode_container(value: Any) -> bytes:
+    """Return an array or object of any length as JSON. Raises as `encode`, or RuntimeError."""
+    shared: Shared = []
+    copy: Any = (copy_array if type(value) is list else copy_object)(value, MAX_LEVELS, shared)
+    if copy is not None:
+        if not shared:
+            # The parts were copied one after another. If the original equals the copy now, the copy is consistent.
+            if value == copy:
+                return _to_json(copy)
+        elif (data := encode_copy(value, copy, MAX_LEVELS, shared)) is not None:
+            return data
     return _to_json(normalise(value))
 
 
@@ -112,67 +134,6 @@ def encode_plain(value: Any) -> bytes:
     if len(data) > 2 * MAX_LEVELS and data.count(b"{") + data.count(b"[") > MAX_LEVELS:
         normalise(value)
     return data
-
-
-def _copy_of(value: object, levels: int) -> Any:
-    """Return a copy of the array or object `value`, if it has only exact types and is at most `levels` deep.
-
-    msgspec can then encode it as it is, or raises UnicodeEncodeError. None means that `normalise` must decide.
-    """
-    if type(value) is dict:
-        if levels == 0:
-            return None
-        fields = value.copy()
-        for key, item in fields.items():
-            if type(key) is not str:
-                return None
-            kind = type(item)
-            if kind is str:
-                continue
-            if kind is int:
-                if -0x3FFFFFFF < item < 0x3FFFFFFF or _INT_MIN <= item <= _INT_MAX:
-                    continue
-            elif kind is bool or item is None:
-                continue
-            elif kind is float:
-                if item - item == 0.0:
-                    continue
-            elif (inner := _copy_of(item, levels - 1)) is not None:
-                fields[key] = inner
-                continue
-            return None
-        return fields
-    if type(value) is list:
-        if levels == 0:
-            return None
-        elements = value.copy()
-        for item in elements:
-            # The quick loop, for a list of texts and numbers: without an index, and without the rare cases.
-            kind = type(item)
-            if kind is str or (kind is int and -0x3FFFFFFF < item < 0x3FFFFFFF):
-                continue
-            if kind is float and item - item == 0.0:
-                continue
-            break
-        else:
-            return elements
-        for index, item in enumerate(elements):
-            kind = type(item)
-            if kind is dict or kind is list:
-                inner = _copy_of(item, levels - 1)
-                if inner is None:
-                    return None
-                elements[index] = inner
-            elif not (
-                kind is str
-                or (kind is int and _INT_MIN <= item <= _INT_MAX)
-                or (kind is float and item - item == 0.0)
-                or kind is bool
-                or item is None
-            ):
-                return None
-        return elements
-    return None
 
 
 def normalise(value: object, path: str = "$") -> Any:
@@ -369,7 +330,7 @@ def _key(key: object, steps: _Steps) -> str:
 
 
 def _number(number: int, steps: _Steps) -> int | float:
-    if _INT_MIN <= number <= _INT_MAX:
+    if INT_MIN <= number <= INT_MAX:
         return number
     try:
         return float(number)
@@ -488,6 +449,6 @@ def _refusal(steps: _Steps, problem: str) -> InvalidValue:
 def _named(key: Any) -> str:
     """Describe a key without calling the repr of an unknown object."""
     kind = type(key)
-    if key is None or kind is bool or kind is float or (kind is int and _INT_MIN <= key <= _INT_MAX):
+    if key is None or kind is bool or kind is float or (kind is int and INT_MIN <= key <= INT_MAX):
         return f"{key} ({json_type(key)})"
     return f"a key of type {class_name(key)}"

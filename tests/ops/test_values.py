@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime as dt
 import functools
 import ipaddress
@@ -16,7 +15,6 @@ import warnings
 from collections import OrderedDict, UserDict, UserString, deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from decimal import Decimal
-from enum import Enum, IntEnum
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,49 +29,26 @@ import pydantic
 import pytest
 from conformance import same
 from hypothesis import given
-from hypothesis import strategies as st
+from json_values import (
+    ANYTHING,
+    PLAIN,
+    Account,
+    Colour,
+    Level,
+    Real,
+    Row,
+    Text,
+    Whole,
+    Word,
+    nested,
+)
+from value_changes import encode_with_change_at
 
 from scopestate.errors import DeserializationError, InvalidValue
 from scopestate.ops import values
 from scopestate.ops.apply import MISSING
 from scopestate.ops.results import SetResult, StateEvent, UpdateResult
 from scopestate.ops.writes import DELETE
-
-
-def nested(levels: int, innermost: object = 1) -> Any:
-    """Lists and objects in turn, `levels` of them around `innermost`."""
-    for level in range(levels):
-        innermost = [innermost] if level % 2 else {"k": innermost}
-    return innermost
-
-
-class Colour(Enum):
-    RED = "red"
-
-    def __eq__(self, other: object) -> bool:
-        return bool(self.value == other)
-
-    __hash__ = Enum.__hash__
-
-
-class Level(IntEnum):
-    HIGH = 3
-
-
-class Word(str, Enum):  # noqa: UP042  # the older spelling: its str() is `Word.YES`, its text is not
-    YES = "yes"
-
-
-class Text(str):
-    __slots__ = ()
-
-
-class Whole(int):
-    pass
-
-
-class Real(float):
-    pass
 
 
 class Point(NamedTuple):
@@ -89,15 +64,6 @@ class Lying(dict[str, Any]):
 class LyingList(list[Any]):
     def __iter__(self) -> Iterator[Any]:
         return iter([math.nan])
-
-
-@dataclasses.dataclass
-class Account:
-    name: str = "Ada"
-
-
-class Row(msgspec.Struct):
-    name: str = "Ada"
 
 
 @Mapping.register
@@ -346,36 +312,6 @@ def test_what_cannot_be_described_is_refused_all_the_same(meta: type) -> None:
         values.encode({value: 1})
 
 
-# Another thread may run between any two opcodes: a trace function plays it, at each of them in turn.
-
-
-def encode_with_change_at(opcode: int, value: Any, change: Callable[[], object]) -> tuple[bytes | None, bool]:
-    """Encode `value`, calling `change` once before the given opcode. Result: JSON, None if refused; whether called."""
-    left = opcode
-
-    def trace(frame: types.FrameType, event: str, _: Any) -> Any:
-        nonlocal left
-        if frame.f_code.co_filename != values.__file__:
-            return None
-        frame.f_trace_opcodes = True
-        if event == "opcode":
-            left -= 1
-            if left == 0:
-                change()
-        return trace
-
-    before = sys.gettrace()
-    # CPython 3.12 looks here, when tracing begins, whether opcodes are wanted at all.
-    sys._getframe().f_trace_opcodes = True
-    sys.settrace(trace)
-    try:
-        return values.encode(value), left <= 0
-    except InvalidValue:
-        return None, left <= 0
-    finally:
-        sys.settrace(before)
-
-
 def flat() -> tuple[Any, Any]:
     value = {"low": 0, "high": 0}
     return value, value
@@ -503,33 +439,6 @@ def test_normalise_shares_no_container_with_its_argument() -> None:
 
 
 # --- the fast check and the exact one agree ---------------------------------------------------------------------------
-
-SCALARS = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(),
-    st.integers(min_value=-(2**70), max_value=2**70),
-    st.sampled_from([-(2**63) - 1, -(2**63), 2**64 - 1, 2**64, 10**309]),
-    st.floats(),
-    st.text(),
-)
-ODD = st.sampled_from(
-    ["\ud800", Colour.RED, Level.HIGH, Word.YES, Text("t"), Whole(2**64), Real(math.inf), b"x", {1}, Row(), Account()]
-)
-KEYS = st.one_of(st.text(max_size=4), st.sampled_from([1, None, True, "\udc00", Word.YES, Text("k"), Level.HIGH]))
-ANYTHING = st.recursive(
-    st.one_of(SCALARS, ODD),
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=4),
-        st.lists(inner, max_size=3).map(tuple),
-        st.dictionaries(st.text(max_size=4), inner, max_size=4),
-        st.dictionaries(KEYS, inner, max_size=3),
-    ),
-    max_leaves=12,
-)
-PLAIN = st.recursive(
-    SCALARS, lambda inner: st.one_of(st.lists(inner), st.dictionaries(st.text(), inner)), max_leaves=12
-)
 
 
 @given(ANYTHING)
