@@ -123,6 +123,10 @@ class Watchers(dict[str | None, Bucket]):
         """True while a scope in memory has this table."""
         self.settle()
 
+    def has_any(self) -> bool:
+        """False if no write to this scope has a handler, so that there is nothing to match. Needs no guard."""
+        return bool(self or self.anywhere)
+
     def match(self, key: str) -> tuple[HandlerActor, ...]:
         """Return the handlers for a write to `key` of this scope, in order of registration. Needs no guard."""
         anywhere = self.anywhere

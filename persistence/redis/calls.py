@@ -144,11 +144,19 @@ class Command:
     """What sends it."""
 
     def __init__(
-        self, scope: RedisScope, parts: tuple[Any, ...], calls: list[Call], again: Sequence[Call], *, bulk: bool
+        self,
+        scope: RedisScope,
+        parts: tuple[Any, ...],
+        calls: list[Call],
+        again: Sequence[Call],
+        *,
+        bulk: bool,
+        data: bytes = b"",
     ) -> None:
+        """`data`: the parts as bytes to send, if they are packed already."""
         self.scope = scope
         self.parts = parts
-        self.data = pack_text(parts)
+        self.data = data or pack_text(parts)
         self.calls = calls
         """Those whose entries they are, one for each reply of the script."""
         self.again = again

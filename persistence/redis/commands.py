@@ -19,7 +19,7 @@ from scopestate.persistence.redis.making import READ_ALL, CommandMaker
 from scopestate.persistence.redis.numbered import KEPT, NOT_HELD, SLOW
 from scopestate.persistence.redis.script import DONE, SKIPPED, explain, keys_of
 from scopestate.persistence.redis.seen import NOTHING
-from scopestate.persistence.redis.sidecar import deadline_in, number_text, revision_in
+from scopestate.persistence.redis.sidecar import deadline_in, revision_in
 from scopestate.persistence.redis.transacting import (
     Commit,
     Look,
@@ -103,7 +103,10 @@ class ScopeCommands(CommandMaker):
             if self._numbers:
                 self._number = int(reply[-1] or b"0")
             for call, found in zip(command.calls, reply, strict=False):
-                self._finish(call, found, ended)
+                if call.one_step is not None and not call.done and (found is None or type(found) is bytes):
+                    self._finish_one_step(call, found, ended)  # as `_finish` does it: the frequent case
+                else:
+                    self._finish(call, found, ended)
             if self.publishes and (last := reply[len(command.calls)]):
                 self._published.note(last)
         else:
@@ -296,7 +299,7 @@ class ScopeCommands(CommandMaker):
 
     def _remember(self, key: str, after: bytes | None, number: int) -> None:
         """Note what a plain write has stored. `number`: that of a write that has left the key without a deadline."""
-        entry = number_text(number) if number else None
+        entry = b"%016d" % number if number else None  # as `number_text`
         self.seen.remember(key, NOTHING if after is None else (after, after, entry))
         if after is not None and self._whole_bytes is not None:
             self._whole_bytes += len(after)

@@ -21,7 +21,7 @@ from scopestate.ops.transactions import DeliveryBatch
 from scopestate.ops.turns import NO_DEADLINE, A, Change, Effects, NewDeadline, Turn, View, changes_in
 from scopestate.ops.writes import Expire, SetWith
 from scopestate.persistence.redis.calls import ONE_STEP, Behind, Call, Command, Pause
-from scopestate.persistence.redis.numbered import NumberedShape
+from scopestate.persistence.redis.numbered import NumberedShape, packed_set
 from scopestate.persistence.redis.seen import BULKY, NOTHING, EntryView, Known, Seen, ValueView
 from scopestate.persistence.redis.sidecar import NUMBER_BYTES, PLAIN_BYTES, revision_in
 from scopestate.persistence.redis.transacting import (
@@ -73,6 +73,7 @@ class CommandMaker:
         self.publishes = store.shares_events
         self.names = store.shape.names(self.hash_key)
         """The keys of the scope in Redis."""
+        self._head_of_set = store.shape.head_of_set(self.names)
         self._numbers = store.shape.numbers
         self._has_deadlines = False
         """True once a key had a deadline, or keys were listed: then all writes go by the script for those."""
@@ -141,6 +142,9 @@ class CommandMaker:
                 parts = shape.write(names, self.name, entry, kept)
             else:
                 parts = shape.write_one(names, self.name, tuple(entry))
+                if self._head_of_set and entry[0] == "s":
+                    data = packed_set(self._head_of_set, parts)
+                    return Command(self._scope, parts, calls, (), bulk=self.seen.bulky, data=data)
             return Command(self._scope, parts, calls, (), bulk=self.seen.bulky)
         again = calls if call.message.writes else ()
         reads = self.reads(call, keys, kept)
@@ -166,7 +170,7 @@ class CommandMaker:
                     return entry
             return self._general_entry(call, keys, known, kept, alone=alone)
         one_step, rule = ONE_STEP.get(type(turn)), self._scope.rule
-        if one_step is not None and rule.reads_plainly:
+        if one_step is not None and (rule is NO_RULE or rule.reads_plainly):
             call.one_step = one_step
             call.sends_write = True
             after = one_step.after(turn)

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from scopestate.ops.turns import Range
 from scopestate.persistence.redis import sidecar
+from scopestate.persistence.redis.connection import pack_text
 from scopestate.persistence.redis.script import HANDLED, LIMITED, SOURCES, Shape
 
 # One plain write of one key, without events: KEYS hash, side; ARGV field, value, number, digest ('': compute it), and
@@ -586,7 +587,11 @@ class NumberedShape(Shape):
         return hash_key, *[sidecar.beside(prefix, hash_key) for prefix in prefixes]
 
     def set_entry(self, key: str, data: bytes) -> tuple[Any, ...]:
-        return "s", key, data, sidecar.digest_if_large(data)
+        # As `sidecar.digest_if_large`, written out: every plain set comes this way.
+        return "s", key, data, sidecar.digest_of(data) if len(data) >= sidecar.CLIENT_DIGEST_BYTES else b""
+
+    def head_of_set(self, names: tuple[bytes, ...]) -> bytes:
+        return b"" if self.publishes else b"*9" + pack_text(("EVALSHA", _SET_ONE, "2", names[0], names[1]))[2:]
 
     def swap_entry(self, key: str, raw: bytes | None, after: bytes) -> tuple[Any, ...]:
         digest = sidecar.digest_if_large(after)
@@ -639,6 +644,26 @@ class NumberedShape(Shape):
         events = self.event_keys(names[0])
         count = str(len(names) + len(events) + len(kept))
         return "EVALSHA", _WRITES, count, *names, *events, *kept, self._number(), self._kept, scope, *entries
+
+
+def packed_set(head: bytes, parts: tuple[Any, ...]) -> bytes:
+    """Return the command of `write_one` for one plain set as the bytes to send; `head` is that of its scope.
+
+    hiredis, which packs every other command, takes twice as long: it was a tenth of the time of a set.
+    """
+    key, data, number, digest = parts[5:]
+    name = key.encode()
+    return b"%b$%d\r\n%b\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n" % (
+        head,
+        len(name),
+        name,
+        len(data),
+        data,
+        len(number),
+        number,
+        len(digest),
+        digest,
+    )
 
 
 def _registered(source: bytes) -> str:

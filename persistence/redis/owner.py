@@ -166,7 +166,10 @@ class RedisConnectionOwner(ConnectionOwner["RedisScope | Command", Call, Connect
 
     def _sort_in(self, item: RedisScope | Command, now: float) -> None:
         if type(item) is not Command:
-            self._list(item, now)
+            if not item.listed and item.commands.command is None:  # as `_list`, written out
+                item.listed = True
+                item.since = now
+                self._ready.append(item)
         elif item.over:
             if item.scope.owner is self:
                 self._take(item)

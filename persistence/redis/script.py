@@ -257,6 +257,11 @@ class Shape:
         """Return the entry that sets a key."""
         return "s", key, data
 
+    def head_of_set(self, names: tuple[bytes, ...]) -> bytes:
+        """Return the beginning of what `packed_set` of `numbered` packs for a scope; b"" if it packs nothing."""
+        del names
+        return b""
+
     def swap_entry(self, key: str, raw: bytes | None, after: bytes) -> tuple[Any, ...]:
         """Return the entry that sets a key if it has the value `raw`; None: if it has none."""
         return ("n", key, after) if raw is None else ("c", key, raw, after)

@@ -110,6 +110,7 @@ class Model:
         table = self.table.watchers(scope) if watch is None else watch
         looks = key in table or None in table or key in table.anywhere or None in table.anywhere
         assert looks or not expected
+        assert table.has_any() or not expected
 
     def _found(self, watch: Watchers, event: StateEvent) -> list[str]:
         prepared = self.router.prepare_late(event.scope, watch, event.key, event.old_json, event.new_json, 1, 0)

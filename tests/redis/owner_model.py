@@ -41,7 +41,8 @@ from scopestate.persistence.redis.script import SOURCE, Shape
 from scopestate.persistence.redis.tail import Published
 
 _LEFT_OUT = LEFT_OUT | {
-    "_batches", "_store", "_limits", "_scope", "_changed", "_routes", "_session", "name", "hash_key", "scope_name"
+    "_around", "_batches", "_head_of_set", "_largest", "_store", "_limits", "_scope", "_changed", "_routes", "_session",
+    "name", "hash_key", "scope_name"
 }  # fmt: skip
 
 
@@ -147,6 +148,8 @@ class Scope(RedisScope):
     def __init__(self, model: Model, name: str) -> None:
         self.scope = name
         self.rule = NO_RULE
+        limits = Limits(scope_mailbox=self.mailbox_limit)
+        self._around = types.SimpleNamespace(limits=limits)  # type: ignore[assignment]  # no more is needed of it
         self.events: list[tuple[Any, ...]] = []
         self.commands = ScopeCommands(
             self, Store(model), Limits(), self._note, clock=model.clock, uniform=lambda low, high: high
