@@ -17,8 +17,9 @@ from typing import Any
 import redis
 import redis.asyncio
 
+from benchmarks.hand_over import handing_over
 from benchmarks.harness import Measure, Row, Sizes, Value, in_threads, latencies, make_pairs, percentile
-from benchmarks.redis_load import config, line, redis_server, say, started
+from benchmarks.redis_load import config, line, packed, redis_server, say, sending, started
 from scopestate import Engine, ops
 
 CALLERS = 64
@@ -164,11 +165,16 @@ def redis_transact_beside_watch(sizes: Sizes) -> list[Row]:
     return [Row("redis_transact_watch", what, ratio, "x", 1, figures=figures, own="ours_us")]
 
 
-def _together(name: str, callers: str, loaders: Callable[[], tuple[Loader, Loader]], sizes: Sizes) -> list[Row]:
-    """Calls per second of many callers, theirs and ours alternately: each on its own scope, and all on one."""
+def _together(
+    name: str, callers: str, least: float, loaders: Callable[[], tuple[Loader, Loader]], sizes: Sizes
+) -> list[Row]:
+    """Calls per second of many callers, theirs and ours alternately: each on its own scope, and all on one.
+
+    `least`: the ratio to reach with a scope each.
+    """
     rows = []
     scopes: dict[str, tuple[str, float, Callable[[int], str]]] = {
-        "scopes": (f"{CALLERS} scopes", 3, str),
+        "scopes": (f"{CALLERS} scopes", least, str),
         "one_scope": ("one scope", 5, lambda _: "one"),
     }
     ours, theirs = loaders()
@@ -231,7 +237,7 @@ def redis_tasks(sizes: Sizes) -> list[Row]:
             )
 
         try:
-            return _together("redis_tasks", "tasks", loaders, sizes)
+            return _together("redis_tasks", "tasks", 3.5, loaders, sizes)
         finally:
             runner.run(client.aclose())
             runner.run(pool.disconnect())
@@ -260,9 +266,50 @@ def redis_threads(sizes: Sizes) -> list[Row]:
             return lambda scope_of: timed(set_all, scope_of), lambda scope_of: timed(hset_all, scope_of)
 
         try:
-            return _together("redis_threads", "threads", loaders, sizes)
+            return _together("redis_threads", "threads", 3, loaders, sizes)
         finally:
             pool.disconnect()
+
+
+def redis_threads_floor(sizes: Sizes) -> list[Row]:
+    """The threads of `redis_threads` beside threads that hand an HSET each over to one that sends them together.
+
+    That is the least that threads with one connection can take: a wake-up for each call, the interpreter that they take
+    from each other, and the server. Nothing is encoded, computed or answered.
+    """
+    pairs = make_pairs(_each(sizes))
+    texts = [(key, json.dumps(value)) for key, value in pairs]
+    with (
+        redis_server() as url,
+        Engine.from_config(config(url)) as engine,
+        sending(url) as send,
+        handing_over(send) as hand_over,
+    ):
+
+        def set_all(scope: str) -> None:
+            for key, value in pairs:
+                engine.set(scope, key, value)
+
+        def hand_all_over(commands: list[bytes]) -> None:
+            for command in commands:
+                hand_over(command)
+
+        jobs = [partial(set_all, str(number)) for number in range(CALLERS)]
+        made = [[packed("HSET", f"theirs:{number}", key, text) for key, text in texts] for number in range(CALLERS)]
+        least = [partial(hand_all_over, commands) for commands in made]
+        in_threads(jobs), in_threads(least)
+        samples = [
+            (_without_gc(lambda _: in_threads(jobs), str), _without_gc(lambda _: in_threads(least), str))
+            for _ in range(sizes.repeats)
+        ]
+    calls = _each(sizes) * CALLERS
+    figures = {
+        "ours_us": statistics.median(mine for mine, _ in samples) / calls * 1e6,
+        "floor_us": statistics.median(least for _, least in samples) / calls * 1e6,
+    }
+    ratio = statistics.median(mine / least for mine, least in samples)
+    what = f"redis: {CALLERS} threads, {CALLERS} scopes: set / HSETs handed over through a queue"
+    return [Row("redis_threads_floor", what, ratio, "x", 1.3, figures=figures, own="ours_us")]
 
 
 def redis_event(sizes: Sizes) -> list[Row]:
@@ -346,6 +393,7 @@ MEASURES: dict[str, Measure] = {
     "redis_transact_watch": redis_transact_beside_watch,
     "redis_tasks": redis_tasks,
     "redis_threads": redis_threads,
+    "redis_threads_floor": redis_threads_floor,
     "redis_event": redis_event,
     "redis_contention": redis_contention,
 }

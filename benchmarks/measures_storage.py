@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import sqlite3
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from functools import partial
 from tempfile import TemporaryDirectory
 
-from benchmarks.harness import Measure, Row, Sizes, compare, make_pairs, percentile
+from benchmarks.hand_over import handing_over
+from benchmarks.harness import Measure, Row, Sizes, compare, in_threads, make_pairs, percentile
+from benchmarks.measures_writes import committing
 from benchmarks.ours import SCOPE, on_disk, set_batch
 from benchmarks.probes import run_probe
 from scopestate import Engine
@@ -142,6 +148,69 @@ def _cpu_of(work: Callable[[], object]) -> float:
     return time.process_time() - began
 
 
+def commit_threads(sizes: Sizes) -> list[Row]:
+    """Threads that each write a scope with durability `commit`, beside raw commits of SQLite, one after another.
+
+    And beside threads that hand a row each over to one that commits all that wait: the least that threads can take
+    which share commits.
+    """
+    pairs = make_pairs(max(1, sizes.slow_calls // 40))
+    calls = sizes.threads * len(pairs)
+    with (
+        TemporaryDirectory() as folder,
+        TemporaryDirectory() as peer_folder,
+        Engine.from_config(committing(folder)) as engine,
+        closing(_raw_database(peer_folder)) as database,
+    ):
+
+        def commit(rows: Sequence[tuple[str, str]]) -> None:
+            database.execute("BEGIN IMMEDIATE")
+            database.executemany("INSERT OR REPLACE INTO state VALUES (?, ?)", rows)
+            database.execute("COMMIT")
+
+        def ours() -> float:
+            return in_threads([partial(set_batch(engine, f"s{number}"), pairs) for number in range(sizes.threads)])
+
+        def hand_all_over(scope: str) -> None:
+            for key, value in pairs:
+                hand_over((f"{scope} {key}", json.dumps(value)))
+
+        def floor() -> float:
+            return in_threads([partial(hand_all_over, f"s{number}") for number in range(sizes.threads)])
+
+        def raw() -> float:
+            began = time.perf_counter()
+            for key, value in pairs:
+                commit([(key, json.dumps(value))])
+            return (time.perf_counter() - began) * sizes.threads
+
+        with handing_over(commit) as hand_over:
+            ours(), floor(), raw()
+            samples = [(ours(), floor(), raw()) for _ in range(sizes.repeats)]
+    figures = {
+        "ours_per_s": calls / statistics.median(mine for mine, _, _ in samples),
+        "floor_per_s": calls / statistics.median(least for _, least, _ in samples),
+        "raw_per_s": calls / statistics.median(raw for _, _, raw in samples),
+    }
+    what = f"{sizes.threads} threads, durability commit"
+    against_raw = statistics.median(raw / mine for mine, _, raw in samples)
+    against_floor = statistics.median(mine / least for mine, least, _ in samples)
+    row = partial(Row, figures=figures, own="ours_per_s")
+    return [
+        row("commit_threads", f"{what}: sets / raw commits, per second", against_raw, "x", 4, at_least=True),
+        row("commit_threads_floor", f"{what}: set / rows handed over through a queue", against_floor, "x", 1.3),
+    ]
+
+
+def _raw_database(folder: str) -> sqlite3.Connection:
+    """Open a database that syncs each commit, for one thread at a time."""
+    database = sqlite3.connect(f"{folder}/raw.db", isolation_level=None, check_same_thread=False)
+    database.execute("PRAGMA journal_mode = WAL")
+    database.execute("PRAGMA synchronous = FULL")
+    database.execute("CREATE TABLE state (key TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID")
+    return database
+
+
 MEASURES: dict[str, Measure] = {
     "file_set": file_set,
     "save_one_key": save_one_key,
@@ -149,4 +218,5 @@ MEASURES: dict[str, Measure] = {
     "open_store": open_store,
     "load_scope": load_scope,
     "save_many_keys": save_many_keys,
+    "commit_threads": commit_threads,
 }

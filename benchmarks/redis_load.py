@@ -6,13 +6,17 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+
+import hiredis
 
 from scopestate import Engine, ops
 
@@ -32,6 +36,29 @@ def redis_server() -> Iterator[str]:
 
     with ValkeyServer(config={"save": ""}) as server:
         yield server.connection_url
+
+
+def packed(*parts: Any) -> bytes:
+    """Return a command as the bytes to send."""
+    return bytes(hiredis.pack_command(parts))
+
+
+@contextmanager
+def sending(url: str) -> Iterator[Callable[[Sequence[bytes]], None]]:
+    """Connect to a server: a function that sends commands in one piece, and takes one reply for each of them."""
+    place = urlsplit(url)
+    with socket.create_connection((place.hostname, place.port), 60) as connection:
+        reader = hiredis.Reader(notEnoughData=None)
+
+        def send(commands: Sequence[bytes]) -> None:
+            connection.sendall(b"".join(commands))
+            missing = len(commands)
+            while missing:
+                reader.feed(connection.recv(1 << 16))
+                while reader.gets() is not None:
+                    missing -= 1
+
+        yield send
 
 
 @contextmanager
