@@ -45,7 +45,7 @@ def run(*arguments: str, stdin: str | bytes | None = None) -> Result:
 
 def in_terminal(*arguments: str, **environment: str | None) -> str:
     """Run a command in a terminal, and return what was printed there. None: a variable is not set."""
-    wanted = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "200", **environment}
+    wanted = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "200", "LINES": "50", **environment}
     master, slave = pty.openpty()
     command = [sys.executable, "-m", "scopestate", *arguments]
     with subprocess.Popen(
