@@ -32,7 +32,7 @@ from scopestate.errors import (
 from scopestate.ops import messages, turns
 from scopestate.ops.values import encode
 from scopestate.persistence.connections import owner, pump, watch
-from scopestate.persistence.redis import commands, events, servers
+from scopestate.persistence.redis import commands, events, reading, servers, tail
 from scopestate.persistence.redis import owner as redis_owner
 from scopestate.persistence.redis.backend import RedisBackend
 from scopestate.persistence.redis.options import RedisOptions
@@ -773,7 +773,7 @@ def played() -> Iterator[None]:
     logger.setLevel(logging.CRITICAL + 1)  # the faults are meant, and a thousand runs would fill a disk
     try:
         with (
-            PLAY.in_modules(owner, pump, watch, redis_owner, events, commands),
+            PLAY.in_modules(owner, pump, watch, redis_owner, events, reading, tail, commands),
             mock.patch.object(watch, "os", types.SimpleNamespace(dup=lambda fd: fd, close=lambda fd: None)),
             mock.patch.object(Engine, "_close_behind_this", _never_ends),
         ):
