@@ -110,7 +110,7 @@ class Transacted(msgspec.Struct):
 
 
 def as_it_is(text: bytes | None, tell: bool = False) -> bytes | None:
-    """The value of a key; None: no value."""
+    """The value of a key; None if the key does not exist."""
     return text
 
 
@@ -197,7 +197,7 @@ def refused(error: Conflict | UpdateRefused) -> bytes:
 
 
 def entry(found: Entry | int | None, tell: bool = False) -> bytes:
-    """The answer of `state::get-entry`; a bridge may ask for a number of milliseconds."""
+    """The answer of `state::get-entry`. `found` is a number of milliseconds if a bridge asked for a time."""
     if tell:
         return _json({"ms": found})
     assert not isinstance(found, int)
@@ -220,7 +220,7 @@ def row(key: str, data: bytes) -> bytes:
 
 
 def snapshot_page(found: list[bytes], cursor: str | None, offset: int, total: int) -> bytes:
-    """The answer of `state::list_entries` from a snapshot; `found` has the rows as JSON."""
+    """The answer of `state::list_entries` from a snapshot. `found`: the rows of the page, as JSON."""
     done = b"true" if cursor is None else b"false"
     return b'{"entries":[%b],"next_cursor":%b,"done":%b,"offset":%d,"total":%d}' % (
         b",".join(found),
@@ -232,7 +232,7 @@ def snapshot_page(found: list[bytes], cursor: str | None, offset: int, total: in
 
 
 def page(found: Page | list[tuple[str, Entry]], tell: bool = False) -> bytes:
-    """The answer of `state::list_entries` that pages by seek; for a bridge, whole entries instead of values."""
+    """The answer of `state::list_entries` that pages by seek. A bridge gets whole entries instead of values."""
     if tell:
         cursor, whole = (None, found) if isinstance(found, list) else (found.cursor, list(found.entries))
         shown = b",".join([b"[%b,%b]" % (_json(key), entry(one)) for key, one in whole])
@@ -263,7 +263,7 @@ def touched(found: bool, tell: bool = False) -> bytes:
 
 
 def _details(result: WriteResult, tell: bool = False) -> bytes:
-    """The fields added to the reference's, if the caller used an argument that the reference lacks."""
+    """The fields that follow the reference's if the caller used an argument that the reference lacks."""
     if not (result.detailed or tell):
         return b""
     replayed: Any = b',"replayed":true' if result.replayed else b""

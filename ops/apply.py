@@ -78,7 +78,7 @@ class _Working(msgspec.Struct):
         return False
 
     def extended(self, text: str, more: str, holder: dict[str, Any] | None, name: str) -> str | _Text:
-        """Return what replaces `text`, the field `name` of `holder` (None: the root), when `more` is appended."""
+        """Return what to store in place of `text`, the field `name` of `holder` (None: the root), to append `more`."""
         return text + more
 
     def result(self) -> Any:
@@ -87,12 +87,12 @@ class _Working(msgspec.Struct):
 
 
 class _ManyWorking(_Working):
-    """The working copy of several ops: what one op has copied, the next does not copy again."""
+    """The working copy of several ops: a part that one op has copied is not copied again by the next."""
 
     made: dict[int, Any] = {}
-    """id -> array or object inside the root that was made here and is not referred to from elsewhere."""
+    """id -> array or object inside the root that was made here and is referred to from nowhere else."""
     texts: list[tuple[dict[str, Any], str]] = []
-    """(object made here, name of its field) of each field that may hold a `_Text`."""
+    """(object made here, field name) for each field that may hold a `_Text`."""
 
     def note_made(self, value: Any) -> None:
         self.made[id(value)] = value  # a reference, so that no other value gets its id
@@ -114,7 +114,7 @@ class _ManyWorking(_Working):
 
 
 class _Text:
-    """A string that is being appended to. Each `append` costs only what it adds."""
+    """A string that is being appended to. An `append` takes time for what it adds, not for the whole string."""
 
     __slots__ = ("parts",)
 
@@ -192,7 +192,7 @@ def _add(working: _Working, path: str, by: int) -> _Refusal | None:
         return _Refusal("not_number", f"expected a number at {_place(path)}, found {_type(found)}")
     total = found + by
     if not (_I64_MIN <= total <= _U64_MAX if kind is int else math.isfinite(total)):
-        # The code is that of 0.11.6, whose message says that it expected a number and got a number.
+        # The code is that of iii-state 0.11.6; its message says that it expected a number and got a number.
         limits = f"{_I64_MIN} to {_U64_MAX}" if kind is int else "64-bit floats"
         problem = f"the number at {_place(path)} would leave the range of {limits}: it is {found}, changed by {by}"
         return _Refusal("not_number", problem)
@@ -242,7 +242,7 @@ def _append_at(working: _Working, segments: Sequence[str], value: object) -> _Re
         working.note_made(joined)
     else:
         joined = _joined(working, fields[name], value, fields, segments)
-        # Steps that the walk has made are empty, so a refusal means that nothing was changed.
+        # Objects that the walk has made are empty, so a refusal here means that nothing was changed.
         if type(joined) is _Refusal:
             return joined
     fields[name] = joined
@@ -297,7 +297,7 @@ def _merge(working: _Working, path: str | list[str] | None, value: object) -> _R
     if not segments:
         if isinstance(working.root, dict):
             working.fields().update(value)
-        # Any other root stays and is not an error, as in 0.11.6 (docs/reference/semantics.md 3.3).
+        # A root that is not an object stays as it is, without an error, as in 0.11.6 (docs/reference/semantics.md 3.3).
         return None
     if not isinstance(working.root, dict):
         working.replace({})
@@ -321,7 +321,7 @@ def _walk(working: _Working, segments: Sequence[str]) -> dict[str, Any]:
 
 
 def _check_field(working: _Working, path: str) -> _Refusal | None:
-    """Check the name `path` (not ""), then that the root is an object that can have it."""
+    """Check the field name `path`, which is not "", and then that the root is an object."""
     if (len(path) > _SURELY_SHORT or path in _FORBIDDEN) and (refusal := _check_segments([path])) is not None:
         return refusal
     return None if type(working.root) is dict else _needs_object(working, path)
@@ -363,7 +363,7 @@ def _check_merge_value(value: object) -> _Refusal | None:
 
 
 def _levels(value: object) -> int:
-    """Count nested levels, one generation at a time: a scalar is 0, a container 1 + its deepest child."""
+    """Return how many levels are nested: 0 for a scalar, 1 + its deepest child for a container."""
     levels = 0
     generation = [value]
     while containers := [item for item in generation if isinstance(item, dict | list)]:

@@ -1,8 +1,8 @@
-"""Make turns from the arguments of Python callers and from messages, and Python values from answers.
+"""Makes turns from the arguments of Python callers and from messages, and Python values from answers.
 
 Each function here raises if an argument is wrong, before a scope is claimed and before anything is sent:
-DeserializationError, InvalidValue, ValueTooLarge or BatchTooLarge. It returns `durable` beside the turn, because
-waiting for the disk is not part of the turn.
+DeserializationError, InvalidValue, ValueTooLarge or BatchTooLarge. `durable` is returned separately, because waiting
+for the disk is not part of the turn.
 """
 
 from __future__ import annotations
@@ -122,9 +122,9 @@ def asked(
 
 
 def set_turn(key: str, data: bytes, options: SetOptions) -> Asked[SetResult]:
-    """Return a `set` with options; `data` is the value as JSON, the key is checked."""
+    """Return a `set` with options. `data` is the value as JSON; the key has been checked."""
     if len(options) == 1:
-        # Most calls have one condition or one deadline; the general path would take half as long as the whole call.
+        # Most calls have one condition or one deadline. For these, the general path would take half of the call's time.
         revision: object = options.get("if_revision")
         if type(revision) is int and 0 <= revision <= LAST_REVISION:
             return SetWith(key, data, revision), None
@@ -169,7 +169,7 @@ def update_turn(
     check: Callable[[bytes], object] | None = None,
     **unknown: object,
 ) -> Asked[UpdateResult]:
-    """Return an `update` with options. `check` refuses a new value, by raising."""
+    """Return an `update` with options. `check` raises to refuse a new value."""
     if unknown:
         refuse_unknown("update()", unknown, UpdateOptions)
     revision = checked_revision(if_revision, if_absent=if_absent)
@@ -358,7 +358,7 @@ def values_of(values: list[bytes]) -> list[Any]:
 
 
 def turn_of(message: object, limits: Limits, runner: Runner) -> Asked[Any]:
-    """Return the turn of a public message. Encodes the value, so call it before the scope is claimed."""
+    """Return the turn of a public message. This encodes the value, so call it before the scope is claimed."""
     match message:
         case messages.Set(scope=scope, key=key, value=value):
             data = encode(value)

@@ -17,7 +17,7 @@ Runner = Callable[[str, str, Callable[[Any], Any], Any], Any]
 
 
 def run_plainly(name: str, scope: str, function: Callable[[Any], Any], argument: Any) -> Any:
-    """Call the function directly."""
+    """Call the function directly: a `Runner` that adds nothing."""
     del name, scope
     return function(argument)
 
@@ -29,7 +29,7 @@ _PLAIN: Final = frozenset({dict, list, tuple, str, int, float, bool, type(None)}
 
 
 def refuse_callback(name: str, function: Any) -> None:
-    """Raise DeserializationError if this is not a plain function. `name`: the method that would call it."""
+    """Raise DeserializationError if `function` is not a plain function. `name`: the method that would call it."""
     if type(function) is FunctionType and not function.__code__.co_flags & _NOT_PLAIN:
         return  # `inspect` would take longer than the call that follows
     if not callable(function):

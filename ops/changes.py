@@ -23,7 +23,7 @@ class CursorMaker(Protocol):
 
 
 class KnownCursor(msgspec.Struct, frozen=True, gc=False):
-    """The cursor of one change, as another engine has sent it."""
+    """The cursor of one change, as another engine sent it."""
 
     cursor: str
 
@@ -70,7 +70,7 @@ class Change(Plain, msgspec.Struct, Generic[T], frozen=True, eq=False, gc=False)
     revision: int
     """The revision that the change gave to its key. It rises from change to change of a scope."""
     transaction: int
-    """The revision of the last change of its transaction; its own if it is alone."""
+    """The revision of the last change of its transaction; its own revision if the transaction has one change."""
     initial: bool
     """True for an entry of a snapshot: the state of the key where the watch begins."""
     position: int
@@ -78,8 +78,8 @@ class Change(Plain, msgspec.Struct, Generic[T], frozen=True, eq=False, gc=False)
     cursors: CursorMaker
     """Makes `cursor` when it is read. It holds no references, because the garbage collector does not track changes."""
     event: StateEvent | None = None
-    """The event of the change in this engine; None if there is none, as for an entry of a snapshot, or a change
-    from another engine."""
+    """The event of the change in this engine; None for an entry of a snapshot and for a change from another
+    engine."""
 
     @classmethod
     def example(
@@ -138,7 +138,7 @@ class Change(Plain, msgspec.Struct, Generic[T], frozen=True, eq=False, gc=False)
     def value(self) -> T:
         """The new value, a new copy at each reading; None if the key was removed, or with `values=False`."""
         value: Any = None if self.json is None else decode(self.json)
-        return value  # type: ignore[no-any-return]  # T has room for None
+        return value  # type: ignore[no-any-return]  # T includes None
 
     @property
     def old_value(self) -> T:
@@ -156,7 +156,7 @@ class Change(Plain, msgspec.Struct, Generic[T], frozen=True, eq=False, gc=False)
         return self.cursors.cursor_of(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # What makes cursors belongs to one engine; a copy travels.
+        # The object that makes cursors belongs to one engine, so the pickled change has the finished cursor instead.
         return Change, (*[getattr(self, name) for name in Change.__struct_fields__[:-2]], KnownCursor(self.cursor))
 
     def __repr__(self) -> str:

@@ -1,9 +1,9 @@
-"""A copy of a value that has exact JSON types only, and the JSON of it.
+"""Copies and encodes values that consist of exact JSON types only.
 
-`values.encode` needs a copy that no other thread can change between the check and the encoding. Looking at each part in
-a loop of Python costs several times the encoding, so long lists and objects are checked as a whole: the types of all
-items at once, and ranges of numbers by msgspec. Where many small containers stand side by side, such as the messages of
-a chat, not even the containers are copied. They are checked and encoded in one step, which other threads see as one.
+`values.encode` needs a copy that no other thread can change between the check and the encoding. A Python loop over all
+parts takes several times as long as the encoding, so long lists and objects are checked as a whole: the types of all
+items at once, and the ranges of numbers by msgspec. If a list or object has many small containers, such as the messages
+of a chat, those are not copied. They are checked and encoded in one step, which no other thread can interrupt.
 
 docs/design/0083-the-check-of-values.md has the reasons and the figures.
 """
@@ -23,10 +23,10 @@ INT_MAX: Final = 2**64 - 1
 _LARGEST: Final = 1.7976931348623157e308
 
 MANY: Final = 32
-"""Lists and objects from this length on are checked as a whole. A shorter one is quicker in a loop."""
+"""Lists and objects with at least this many items are checked as a whole. For shorter ones a loop is quicker."""
 
-_Int = Annotated[int, msgspec.Meta(ge=INT_MIN, le=2**63 - 1)]  # msgspec takes no bound beyond these 64 bits
-_Float = Annotated[float, msgspec.Meta(ge=-_LARGEST, le=_LARGEST)]  # NaN is not within the bounds either
+_Int = Annotated[int, msgspec.Meta(ge=INT_MIN, le=2**63 - 1)]  # msgspec accepts no larger bound
+_Float = Annotated[float, msgspec.Meta(ge=-_LARGEST, le=_LARGEST)]  # the bounds exclude NaN too
 
 
 class _Numbers(msgspec.Struct, gc=False):
@@ -39,7 +39,7 @@ class _Scalars(msgspec.Struct, gc=False):
 
 _TEXT: Final = frozenset({str})
 _ANY_VALUE: Final = frozenset({str, bool, type(None)})
-"""Types whose instances all are JSON, apart from lone surrogates, which msgspec refuses."""
+"""Types of which every value is JSON, apart from strings with lone surrogates, which msgspec refuses."""
 _NUMBERS: Final = frozenset({int, float})
 _SCALARS: Final = _ANY_VALUE | _NUMBERS
 _CONTAINERS: Final = frozenset({dict, list})
@@ -47,27 +47,28 @@ _KNOWN: Final = _SCALARS | _CONTAINERS
 
 _convert = msgspec.convert
 for _kind in (_Numbers, _Scalars):
-    _convert({"items": []}, _kind)  # msgspec looks at the fields now, not when several threads ask at once
+    _convert({"items": []}, _kind)  # msgspec inspects the fields now, not on several threads at once
 
 Shared = list[Any]
-"""Dicts and lists of the value that its copy contains as they are. `encode_copy` checks them."""
+"""Dicts and lists that a value and its copy share, because they were not copied. `encode_copy` checks them."""
 
 
 class NotPlain(RuntimeError):
-    """A part of a value has no exact JSON type: `normalise` must decide."""
+    """A part of a value has no exact JSON type, so the value must go to `normalise`."""
 
 
 def copy_object(value: dict[Any, Any], levels: int, shared: Shared, each: bool = False) -> dict[Any, Any] | None:
-    """Return a copy of a dict, if it has only exact types and is at most `levels` deep. `type(value)` is dict.
+    """Return a copy of a dict that has only exact types and is at most `levels` deep. `type(value)` is dict.
 
-    msgspec can then encode it as it is, or raises UnicodeEncodeError. None and NotPlain mean that `normalise` must
-    decide. What is added to `shared` is not checked. `each`: look at each container before it is added there.
+    msgspec can encode the copy as it is, or raises UnicodeEncodeError. If this returns None or raises NotPlain, the
+    value must go to `normalise`. Containers that are added to `shared` have not been checked; with `each`, each one was
+    looked at before it was added.
     """
     if levels == 0:
         return None
     fields = value.copy()
     if len(fields) >= MANY:
-        # Only an object whose keys are exact strings has just its values as referents.
+        # The referents of a dict are its values only if all keys are exact strings; otherwise the keys as well.
         items = get_referents(fields)
         if len(items) == len(fields) and (checked := _checked_items(items, levels - 1, shared, each)) is not None:
             return fields if checked is items else dict(zip(fields, checked, strict=True))
@@ -94,9 +95,9 @@ def copy_object(value: dict[Any, Any], levels: int, shared: Shared, each: bool =
 
 
 def copy_array(value: list[Any], levels: int, shared: Shared, each: bool = False) -> list[Any] | None:
-    """Return a copy of a list, if it has only exact types and is at most `levels` deep. `type(value)` is list.
+    """Return a copy of a list that has only exact types and is at most `levels` deep. `type(value)` is list.
 
-    The arguments and None are as for `copy_object`.
+    Arguments, None and NotPlain as for `copy_object`.
     """
     if levels == 0:
         return None
@@ -104,7 +105,7 @@ def copy_array(value: list[Any], levels: int, shared: Shared, each: bool = False
     if len(elements) >= MANY and (checked := _checked_items(elements, levels - 1, shared, each)) is not None:
         return checked
     for item in elements:
-        # The quick loop, for a list of texts and numbers: without an index, and without the rare cases.
+        # A quick loop for lists of strings and numbers: it has no index and leaves out the rare cases.
         kind = type(item)
         if kind is str or (kind is int and -0x3FFFFFFF < item < 0x3FFFFFFF):
             continue
@@ -133,13 +134,14 @@ def copy_array(value: list[Any], levels: int, shared: Shared, each: bool = False
 
 
 def encode_copy(value: Any, copy: object, levels: int, shared: Shared, each: bool = False) -> bytes | None:
-    """Return `copy` as JSON, if what it shares with `value` is plain, and the two are equal at that moment.
+    """Return `copy` as JSON if the containers that it shares with `value` are plain, and the two are equal now.
 
-    The arguments are those of `copy_object` or `copy_array`, and the result. None and NotPlain mean the same as there.
+    `copy` is the result of `copy_object` or `copy_array`; the other arguments are those given there. None and NotPlain
+    mean the same as there.
     """
     texts_only = not each and {*map(type, get_referents(shared[0], shared[-1]))} == _TEXT
-    # One step for other threads: functions in C that call no code in Python, called by a function in C. An odd object
-    # in a shared container can make msgspec call code in Python, but only after `found` has that object.
+    # No other thread runs between these: they are C functions that call no Python code, and a C function calls them.
+    # An unexpected object in a shared container can make msgspec call Python code, but by then `found` contains it.
     steps = (
         partial(eq, value, copy),
         partial(get_referents, *shared),
@@ -148,12 +150,13 @@ def encode_copy(value: Any, copy: object, levels: int, shared: Shared, each: boo
     )
     try:
         is_same, found, length, data = map(call, steps)
-    except Exception:  # noqa: BLE001 - from msgspec, or from the `__eq__` of what another thread put in: `normalise` raises what is right
+    except Exception:  # noqa: BLE001 - of msgspec, or of the `__eq__` of an object that another thread added; `normalise` raises the right one
         return None
     if not is_same:
         return None
     kinds = _kinds_of(found)
-    # An object whose keys are not all exact strings has its keys as referents, too: there are more, or they are exact.
+    # A dict whose keys are not all exact strings has its keys as referents too. So all keys are exact strings if there
+    # are as many referents as fields, or if all referents are exact strings.
     if kinds == _TEXT or (kinds <= _SCALARS and len(found) == length and (kinds <= _ANY_VALUE or _are_in_range(found))):
         json: bytes = data
         return json
@@ -167,23 +170,23 @@ def encode_copy(value: Any, copy: object, levels: int, shared: Shared, each: boo
 
 
 def _checked_numbers(items: list[Any]) -> list[Any] | None:
-    """Return a copy of a list that has integers of 64 bits and finite floats only; None if it may have other items.
+    """Return a copy of a list of 64-bit integers and finite floats; None if it may have other items.
 
-    Instances of subclasses of int have become integers in the copy. msgspec accepts a Decimal for a float, but adding
-    one to a float raises TypeError.
+    The copy has plain integers in place of instances of subclasses of int. msgspec accepts a Decimal as a float; adding
+    it to a float raises TypeError, so it is found by the sum.
     """
     try:
         numbers = _convert({"items": items}, _Numbers).items
         total = sum(items, 0.0)
     except (msgspec.ValidationError, TypeError):
         return None
-    return numbers if total - total == 0.0 else None  # with NaN or an infinity in it, the total is one as well
+    return numbers if total - total == 0.0 else None  # NaN or an infinity makes the total one too
 
 
 def _checked_items(items: list[Any], levels: int, shared: Shared, each: bool) -> list[Any] | None:
-    """Return what a copy has in the place of `items`, if they all are scalars, or all dicts and lists of scalars.
+    """Return the items of the copy if all of `items` are scalars, or all are dicts and lists that hold mostly scalars.
 
-    None means that they must be looked at one by one.
+    None: the items must be looked at one by one.
     """
     if type(items[0]) in _NUMBERS and (numbers := _checked_numbers(items)) is not None:
         return numbers
@@ -192,7 +195,7 @@ def _checked_items(items: list[Any], levels: int, shared: Shared, each: bool) ->
         return items if kinds <= _ANY_VALUE or _are_in_range(items) else None
     if levels == 0 or not kinds <= _CONTAINERS:
         return None
-    sample = items[:: len(items) // 8 | 1]  # an odd step, because roles may alternate
+    sample = items[:: len(items) // 8 | 1]  # an odd step: the rows of a chat often alternate
     inside = [*map(type, get_referents(*sample))]
     if not each and _SCALARS.issuperset(inside):
         shared += items
@@ -203,7 +206,7 @@ def _checked_items(items: list[Any], levels: int, shared: Shared, each: bool) ->
 
 
 def _checked_each(items: list[Any], levels: int, shared: Shared) -> list[Any]:
-    """Return what a copy has in the place of dicts and lists, of which most have only scalars."""
+    """Return the items of the copy for `items`, which are dicts and lists. Most of them have only scalars."""
     copies = []
     for item in items:
         inner = item
@@ -211,7 +214,7 @@ def _checked_each(items: list[Any], levels: int, shared: Shared) -> list[Any]:
             if type(part) not in _SCALARS:
                 inner = (copy_object if type(item) is dict else copy_array)(item, levels, shared, True)
                 if inner is None:
-                    raise NotPlain  # not None, with which the caller would look at the same items again
+                    raise NotPlain  # not None: the caller would look at the same items again
                 break
         else:
             shared.append(item)
@@ -220,7 +223,7 @@ def _checked_each(items: list[Any], levels: int, shared: Shared) -> list[Any]:
 
 
 def _kinds_of(items: list[Any]) -> AbstractSet[type]:
-    """Return the types of the items. Most lists have one, for which a set is not needed."""
+    """Return the types of the items. Most lists have one type, which `count` finds faster than building a set does."""
     types = [*map(type, items)]
     if types and types.count(types[0]) == len(types):
         return {types[0]}
@@ -228,7 +231,7 @@ def _kinds_of(items: list[Any]) -> AbstractSet[type]:
 
 
 def _are_in_range(items: list[Any]) -> bool:
-    """Return whether all integers of a list of scalars have 64 bits, and all floats are finite."""
+    """Return whether all integers of a list of scalars are within 64 bits, and all floats are finite."""
     try:
         _convert({"items": items}, _Scalars)
     except msgspec.ValidationError:

@@ -1,6 +1,6 @@
-"""The functions for consumers and dead letters: what each takes and returns, for the schemas and for reading inputs.
+"""Inputs and results of the functions for consumers and dead letters, for the schemas and for reading inputs.
 
-What they do is in `engine/consumer_functions.py`.
+`engine/consumer_functions.py` has the functions themselves.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ class LettersCounted(msgspec.Struct):
 
 
 def read_input(payload: object, kind: type[T]) -> T:
-    """Read an input; absent and null are `{}`. Raises DeserializationError and InvalidPageLimits."""
+    """Read an input; if it is absent or null, it is read as `{}`. Raises DeserializationError and InvalidPageLimits."""
     if payload is None:
         payload = {}
     if not isinstance(payload, Mapping):

@@ -13,7 +13,7 @@ from scopestate.ops.changes import Change
 
 
 class ScopeCursor(msgspec.Struct, frozen=True, array_like=True, tag="s"):
-    """A place after one revision of one scope. Revisions never repeat, so it holds for the life of the store."""
+    """A place after one revision of one scope. Revisions never repeat, so it is valid for the life of the store."""
 
     store: str
     scope: str
@@ -94,7 +94,7 @@ def cursor_of_snapshot(text: str) -> str:
 
 
 def read_start(text: str) -> ScopeCursor | ManyCursor:
-    """Return the cursor at which a durable trigger begins. Raises InvalidCursor, which says what else it may be."""
+    """Return the cursor at which a durable trigger begins. Raises InvalidCursor, which names the other valid values."""
     try:
         return read_cursor(text)
     except InvalidCursor as error:
@@ -103,7 +103,7 @@ def read_start(text: str) -> ScopeCursor | ManyCursor:
 
 
 def read_cursor(text: object) -> ScopeCursor | ManyCursor:
-    """Return what a text says. Raises InvalidCursor."""
+    """Return the cursor that a text stands for. Raises InvalidCursor."""
     if not isinstance(text, str):
         raise InvalidCursor("not text")
     try:
@@ -117,5 +117,5 @@ def read_cursor(text: object) -> ScopeCursor | ManyCursor:
     except ValueError:  # msgspec's errors are ValueErrors
         raise InvalidCursor("damaged") from None
     if found.text() != text:
-        raise InvalidCursor("damaged")  # two texts that differ in bits that base64 ignores
+        raise InvalidCursor("damaged")  # base64 ignores some bits, so another text decodes to the same bytes
     return found

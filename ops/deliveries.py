@@ -1,4 +1,4 @@
-"""What a durable trigger's handler gets and can raise, and how a failed delivery is tried again."""
+"""What the handler of a durable trigger receives and can raise, and when a failed delivery is tried again."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MOST_ATTEMPTS: Final = 1_000_000
 
 
 def _is_within(value: object, least: float, most: float) -> bool:
-    """Return whether `value` is a number from `least` to `most`, whatever a program has given."""
+    """Return whether `value`, which may be any object, is a number from `least` to `most`."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
 
 
@@ -33,20 +33,20 @@ class Retry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     json_fields: ClassVar[tuple[str, ...]] = ("attempts", "first", "factor", "longest", "jitter")
-    """What a file and a worker can give."""
+    """The fields that a file or a worker can give."""
 
     attempts: int = 10
-    """Attempts in all, the first included. After the last one the delivery is given up. At least 1."""
+    """The number of attempts, including the first. If the last one fails, the delivery is given up. At least 1."""
     first: float = 1.0
     """Seconds between the first attempt and the second."""
     factor: float = 2.0
     """Each pause is this many times the one before; at least 1."""
     longest: float = 300.0
-    """Seconds of the longest pause."""
+    """The longest pause, in seconds."""
     jitter: float = 0.2
     """Fraction of the pause by which it varies, up or down: 0.2 makes 10 s into 8 to 12 s. From 0 to 1."""
     on: Errors = Exception
-    """Classes of errors that are tried again. Any other error gives the delivery up at once."""
+    """Classes of errors after which the delivery is tried again. After any other error it is given up at once."""
 
     def __post_init__(self) -> None:
         if type(self.attempts) is not int or not 1 <= self.attempts <= MOST_ATTEMPTS:
@@ -72,7 +72,7 @@ class Retry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             )
 
     def tries_again(self, attempt: int, error: BaseException) -> bool:
-        """Return whether another attempt follows the one with this number, which has failed with `error`."""
+        """Return whether there is another attempt after number `attempt`, which has failed with `error`."""
         return attempt < self.attempts and isinstance(error, self.on)
 
     def pause_s(self, attempt: int, random: float) -> float:
@@ -88,7 +88,7 @@ _NUMBERS: Final = ("attempts", "first", "factor", "longest", "jitter")
 
 
 def read_retry(given: object) -> Retry:
-    """Return a `Retry` of what a program, a file or a worker gives: one, or a mapping with the names of its fields.
+    """Return the `Retry` that a program, a file or a worker gives: an instance, or a mapping with its fields.
 
     Raises InvalidRegistration. A mapping cannot name `on`: it is for programs in Python.
     """
@@ -177,11 +177,11 @@ class Delivery:
         """The number of the event in the journal."""
         self.event = event
         self.attempt = attempt
-        """1 for the first attempt. An attempt that was cut off by the end of the process counts too."""
+        """1 for the first attempt. An attempt that was interrupted by the end of the process counts too."""
         self.first_ms = first_ms
         """When the first attempt began, in milliseconds since the epoch."""
         self.metadata = metadata
-        """What the trigger was registered with as `metadata`."""
+        """The `metadata` that the trigger was registered with."""
         self._runtime = runtime
 
     @classmethod
@@ -203,7 +203,7 @@ class Delivery:
 
     @property
     def id(self) -> str:
-        """Such as "ship-orders:81234": the same for every attempt, and for no other event of the store."""
+        """An id such as "ship-orders:81234": the same for every attempt, and different for every other delivery."""
         return f"{self.consumer}:{self.position}"
 
     @property
@@ -212,23 +212,24 @@ class Delivery:
         return datetime.fromtimestamp(self.first_ms / 1000, UTC)
 
     def extend(self, seconds: float) -> None:
-        """Give this attempt this many seconds from now, instead of what is left of the trigger's `ack_wait`.
+        """Give this attempt `seconds` from now, instead of the rest of the trigger's `ack_wait`.
 
-        Raises ValueError if `seconds` is not a positive number, and EngineClosed or Unsupported if it has ended.
+        Raises ValueError unless `seconds` is more than 0 and at most 366 days, and EngineClosed or Unsupported if the
+        attempt has ended.
         """
         if not _is_within(seconds, 0, LONGEST_S) or not seconds:
             raise ValueError(f"extend takes seconds, more than 0 and at most {LONGEST_S:,.0f}, not {seconds!r:.40}")
         self._runtime.extend(self, float(seconds))
 
     def transaction(self, scope: str) -> Any:
-        """Return a transaction on one scope that also acknowledges this delivery: all of it, or nothing.
+        """Return a transaction on one scope that also acknowledges this delivery: both happen, or neither.
 
         `with delivery.transaction("stock") as tx:` or, in a coroutine, `async with`. `tx` has `get`, `set`, `update`,
-        `delete` and `check`; it reads its own writes. What was read is checked again at the end of the block: if
-        another writer has changed it, `Conflict` is raised, and a handler that lets it through is called again a moment
-        later. If the block raises, nothing is written and nothing acknowledged. After the block the delivery is done,
-        whatever the handler does then: a later failure is reported, and not tried again. Raises Unsupported for a
-        second transaction of one delivery, and where the scope is kept elsewhere than the journal.
+        `delete` and `check`; it reads its own writes. The end of the block checks the keys that were read: if another
+        writer has changed one, `Conflict` is raised, and a handler that does not catch it is called again a moment
+        later. If the block raises, nothing is written and nothing is acknowledged. After the block the delivery is
+        done: if the handler fails later, that is reported, but the event is not delivered again. Raises Unsupported for
+        a second transaction of one delivery, and if the scope is not kept where the journal is.
         """
         return self._runtime.transaction(self, scope)
 

@@ -1,4 +1,4 @@
-"""The built-in functions: one row each, with everything that the rest of the program needs to know about it.
+"""The built-in functions: one row for each, with everything that other modules need to know about it.
 
 `engine.call`, the server, its access rights and the schemas of `engine.functions()` read the row. CONTRIBUTING says
 what else a new function needs, under "A new operation".
@@ -41,13 +41,13 @@ class BuiltIn(NamedTuple):
     read: Read | None
     """None: the function is about all scopes."""
     answer: Callable[..., bytes | None]
-    """Makes JSON text from the turn's answer and `Request.tell`. It returns None if there is no value."""
+    """Makes JSON text from the turn's answer and `Request.tell`. Returns None if there is no value."""
     rights: tuple[Right, ...] = ()
     """The rights that it needs on the scope in its input. A write with a condition needs `read` as well."""
     response: tuple[str, Any] | None = None
     """The name of its result, and the type; None: a bare value."""
     message: type[Message] | None = None
-    """The public message that asks for the same, if the reference has the function."""
+    """The public message for the same call, if the reference has the function."""
     method: str = ""
     """The method of `Engine` and of `engine.aio` that takes the fields of this message."""
     plain: Callable[[Any], Any] = lambda answer: answer
@@ -56,9 +56,9 @@ class BuiltIn(NamedTuple):
     """The number of these fields; -1: the reference does not have the function."""
 
     def plain_fields(self, payload: object) -> list[Any] | None:
-        """Return the fields of a call that uses only what the reference knows; None: use `read`.
+        """Return the fields of a call that uses only fields of the reference; None for any other call: use `read`.
 
-        Most calls do. A request and JSON text would make them take half as long again.
+        Most calls use only those. A `Request` and JSON text would make such a call take half as long again.
         """
         if type(payload) is not dict or len(payload) != self.fields:
             return None
@@ -236,5 +236,5 @@ def _reading(function_id: str, payload: object, read: Callable[[Mapping[str, Any
     except (ScopestateError, MemoryError):
         raise
     except Exception as error:
-        # A mapping, text or op of a class of the program's own, whose hooks raise.
+        # The program may pass a mapping, string or op of its own class, whose methods raise.
         raise misfit(function_id, f"reading the input failed with {class_name(error)}") from error

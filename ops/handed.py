@@ -1,6 +1,6 @@
-"""What the engines on both sides of a bridge tell each other about deliveries (docs/reference/protocol.md 13.1).
+"""The messages about deliveries between the two engines of a bridge (docs/reference/protocol.md 13.1).
 
-The other engine has the consumers. An engine behind a bridge takes events of them, and calls the handlers. The fields
+The other engine has the consumers. The engine behind the bridge takes their events and calls the handlers. The fields
 are those of `actors/consuming.py`; positions are those of the other engine's journal.
 """
 
@@ -21,16 +21,16 @@ NOTE: Final = "engine::deliveries::note"
 DRAIN: Final = "engine::deliveries::drain"
 LONGEST_WAIT_MS: Final = 10_000
 MOST_BYTES: Final = 4 << 20
-"""The most bytes of events in one answer, which always has at least one event."""
+"""Largest number of bytes of events in one answer. One event may be larger: an answer has at least one."""
 
 Position = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Count = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
 Milliseconds = Annotated[int, Meta(ge=0, le=(1 << 53) - 1)]
-"""What a store can hold: one number that it cannot would keep all scopes from being saved."""
+"""The numbers that a store can hold. A single larger one would prevent all scopes from being saved."""
 
 
 class HandedEvent(msgspec.Struct, omit_defaults=True):
-    """One event, with what is known of its attempts."""
+    """One event, with its attempts as far as they are known."""
 
     kind: EventType
     scope: str
@@ -74,7 +74,7 @@ class HandedEvent(msgspec.Struct, omit_defaults=True):
         )
 
     def event(self) -> StateEvent:
-        """Return it as an event. Raises DeserializationError for values that are not JSON."""
+        """Return the event. Raises DeserializationError for values that are not JSON."""
         return StateEvent(
             self.kind,
             self.scope,
@@ -92,7 +92,7 @@ class HandedEvent(msgspec.Struct, omit_defaults=True):
 
 
 class HandedOutcome(msgspec.Struct, omit_defaults=True):
-    """How an attempt ended. The other engine has the event."""
+    """How an attempt ended. The event itself is not sent: the other engine has it."""
 
     position: Position
     verdict: Literal["done", "retry", "dead", "held"]
@@ -104,32 +104,32 @@ class HandedOutcome(msgspec.Struct, omit_defaults=True):
 
 
 class Join(msgspec.Struct, omit_defaults=True):
-    """Begin to take the events of a consumer, which is made if there is none."""
+    """Begin to take the events of a consumer, which is created if it does not exist."""
 
     consumer: str
     holder: str
-    """Names the engine: a text that no other engine has."""
+    """The name of the engine: a text that no other engine uses."""
     trigger_id: str
     function_id: str
     config: dict[str, Any]
     """The options of the trigger."""
     since_ms: int
-    """When its program has registered it, in milliseconds since the epoch."""
+    """When the program registered the trigger, in milliseconds since the epoch."""
     held: list[tuple[Position, Annotated[int, Meta(ge=-1, le=(1 << 31) - 1)], int]] = []
-    """What the engine holds already: position, attempt, and the `serial` of its `Note`. The attempt is that which is
-    running; 0: none is; -1: it has ended, and its outcome is not told yet."""
+    """The events that the engine holds already: position, attempt, and the `serial` of its `Note`. The attempt is the
+    one that is running; 0: none is running; -1: it has ended, and its outcome was not sent yet."""
 
 
 class Joined(msgspec.Struct, omit_defaults=True):
     """Answer to `Join`."""
 
     lost: list[int] = []
-    """Positions of `held` that the engine does not hold any more."""
+    """Positions in `held` that the engine no longer holds."""
     paused: str | None = None
 
 
 class Take(msgspec.Struct, omit_defaults=True):
-    """Ask for the next events. The answer comes when there are some, or after `wait_ms`."""
+    """Ask for the next events. The answer comes when there are events, or after `wait_ms`."""
 
     consumer: str
     holder: str
@@ -138,61 +138,61 @@ class Take(msgspec.Struct, omit_defaults=True):
 
 
 class Taken(msgspec.Struct, omit_defaults=True):
-    """Answer to `Take`. First the engine forgets what it has lost, then it takes the events."""
+    """Answer to `Take`. The engine first forgets the events that it has lost, then takes the new ones."""
 
     events: list[HandedEvent] = []
     lost: list[int] = []
     paused: str | None = None
     gone: bool = False
-    """True: the other engine does not know this one as a holder of the consumer any more: it is to join again."""
+    """True: the other engine no longer knows this one as a holder of the consumer, so this one must join again."""
     forgotten: bool = False
-    """True: because the consumer was forgotten; it starts again."""
+    """True: `gone` is true because the consumer was forgotten; it starts again."""
     stands_by: bool = False
-    """True: another engine has registered it later, with other filters or another order."""
+    """True: another engine has registered the trigger later, with other filters or another order."""
 
 
 class Note(msgspec.Struct, omit_defaults=True):
-    """Tell what has ended, and then what begins."""
+    """Report the attempts that have ended, and then those that begin."""
 
     consumer: str
     holder: str
     ended: list[HandedOutcome] = []
     began: list[tuple[Position, Count]] = []
-    """Position, and number of the attempt. Answered when it is noted."""
+    """Position and number of each attempt that begins. The answer comes when they are noted."""
     serial: int = 0
-    """With `began`: a number that this message alone has."""
+    """With `began`: a number that no other message has."""
     resolve: tuple[Position, int] | None = None
-    """Position and serial of an attempt: has its transaction happened?"""
+    """Position and serial of an attempt: asks whether its transaction was committed."""
     letters: Count = 0
-    """Keep places for this many dead letters."""
+    """The number of dead letters to reserve places for."""
     flush: bool = False
-    """Answer when what has ended is saved."""
+    """True: answer when the attempts that have ended are saved."""
     leave: bool = False
-    """Take no more events. What is running may end."""
+    """True: take no more events. Attempts that are running may end."""
 
 
 class Noted(msgspec.Struct, omit_defaults=True):
     """Answer to `Note`."""
 
     gone: list[int] = []
-    """Those that were to begin, and that the engine does not hold."""
+    """Positions in `began` that the engine does not hold."""
     is_holder: bool = True
-    """False: as `Taken.gone`."""
+    """False means the same as `Taken.gone`."""
     acknowledged: bool = False
     full: bool = False
 
 
 class Drain(msgspec.Struct, omit_defaults=True):
-    """Wait until what these consumers have to handle now is handled, in whichever engine."""
+    """Wait until these consumers have handled every event that they have to handle now, in any engine."""
 
     consumers: list[str]
     wait_ms: int
     marks: dict[str, int] = {}
-    """Up to which position; at first what is committed at that moment."""
+    """Consumer -> the position up to which to wait. Left out in the first message: the changes committed by then."""
 
 
 class Drained(msgspec.Struct, omit_defaults=True):
-    """Answer to `Drain`: which consumers are not done, each with its mark."""
+    """Answer to `Drain`: the consumers that are not done, each with its mark."""
 
     left: dict[str, int] = {}
 

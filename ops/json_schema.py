@@ -1,7 +1,7 @@
-"""JSON schemas as types of values: JSON Schema 2020-12, by the library `jsonschema`.
+"""JSON schemas as types of values: JSON Schema 2020-12, checked by the library `jsonschema`.
 
-Pure: a schema and everything that it refers to is given, or loaded by a function that is given, when it is compiled.
-Nothing is read later, and nothing is ever read over the network.
+Pure: when a schema is compiled, the caller provides the schema and a function that loads the documents it refers to.
+Nothing is loaded afterwards, and nothing is ever read over the network.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Load = Callable[[str], Any]
 DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
 _REFERENCES: Final = ("$ref", "$dynamicRef")
 _MOST_ERRORS: Final = 20
-"""How many errors of one value are compared, to report the most telling one."""
+"""How many errors of one value are compared to find the most specific one, which is reported."""
 _LONGEST_REASON: Final = 400
 _FORMATS: Final = frozenset(
     {
@@ -49,7 +49,7 @@ class JsonSchema(ValueType[Any]):
         super().__init__(name)
         self._uri = uri or "scopestate:schema"
         self._others: dict[str, Any] = {}
-        """The documents that it refers to, by URI."""
+        """The documents that the schema refers to, by URI."""
         try:
             self._document = copy.deepcopy(dict(document))
             self._validator, self._best = self._compiled(load or _nothing_beside)
@@ -69,7 +69,7 @@ class JsonSchema(ValueType[Any]):
             self._others[uri] = document = load(uri)
             return _resource(document, uri)
 
-        make: Any = Registry  # its stubs know no arguments
+        make: Any = Registry  # its type stubs lack the arguments
         registry = make(retrieve=retrieve).combine(STANDARD)
         root = _resource(self._document, "")
         registry = registry.with_resource(self._uri, root)
@@ -77,7 +77,7 @@ class JsonSchema(ValueType[Any]):
         complete = make().combine(STANDARD)
         for uri, document in ((self._uri, self._document), *self._others.items()):
             complete = complete.with_resource(uri, _resource(document, uri))
-        # A reference to it, not the schema itself: so references are relative to its URI.
+        # A reference to the schema, not the schema itself, so that references in it are relative to its URI.
         whole = {"$schema": DIALECT, "$ref": root.id() or self._uri}
         checker = Draft202012Validator.FORMAT_CHECKER
         return Draft202012Validator(whole, registry=complete.crawl(), format_checker=checker), best_match
@@ -110,7 +110,7 @@ class JsonSchema(ValueType[Any]):
         return hash(self.name)
 
     def documents(self) -> list[Any]:
-        """Return the schema itself, and those that it refers to, in order."""
+        """Return the document of the schema, then those that it refers to, sorted by URI."""
         return [self._document, *[self._others[uri] for uri in sorted(self._others)]]
 
 
@@ -119,7 +119,7 @@ def _nothing_beside(uri: str) -> Any:
 
 
 def _resource(document: Any, uri: str) -> Any:
-    """Return a document as the library takes it. Raises BadSchema if it is not a valid schema."""
+    """Return a document as the library expects it. Raises BadSchema if it is not a valid schema."""
     from jsonschema import Draft202012Validator  # noqa: PLC0415 - see `_compiled`
     from jsonschema.exceptions import SchemaError  # noqa: PLC0415 - as above
     from referencing.jsonschema import DRAFT202012  # noqa: PLC0415 - as above
@@ -139,7 +139,7 @@ def _resource(document: Any, uri: str) -> Any:
 
 
 def _follow(registry: Any, uri: str, formats: frozenset[str]) -> None:
-    """Look up every reference of a schema, and of what it refers to. Raises BadSchema."""
+    """Resolve every reference of a schema, and those of the documents it refers to. Raises BadSchema."""
     from referencing.jsonschema import DRAFT202012  # noqa: PLC0415 - see `_compiled`
 
     root = registry.get_or_retrieve(uri)
@@ -176,7 +176,7 @@ def _found(resolver: Any, reference: str) -> Any:
 
 
 def _shortened(text: str) -> str:
-    """Return the message of the library, which may have the whole value in it."""
+    """Return a shortened message of the library, which may contain the whole value."""
     if len(text) <= _LONGEST_REASON:
         return text
     half = _LONGEST_REASON // 2

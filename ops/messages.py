@@ -1,8 +1,8 @@
 """The calls on a scope as messages, for `engine.ask(messages.Set("users", "ada", 1))` and for Pykka refs.
 
-The fields are the arguments of the method of the same name, and mean the same. The fields of the six functions of the
-reference, without the options, are also the input of `engine.call` and of the wire; `ops/functions.py` reads them from
-JSON. Source: the API reference, and docs/reference/semantics.md 2 for what is refused.
+The fields are the arguments of the method of the same name, with the same meaning. For the six functions of the
+reference, the fields without the options are also the input of `engine.call` and of the wire; `ops/functions.py` reads
+them from JSON. Source: the API reference, and docs/reference/semantics.md 2 for what is refused.
 """
 
 from __future__ import annotations

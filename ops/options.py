@@ -15,21 +15,22 @@ class WriteOptions(TypedDict, total=False):
     """Options of every write."""
 
     durable: bool | None
-    """True: return when it is on disk. Raises Unsupported where this engine saves nothing: scopes kept in memory only,
-    and Redis. False is refused for scopes with durability `commit`. None and False are the same elsewhere."""
+    """True: return when the write is on disk. Raises Unsupported if the engine does not save the scope itself, which is
+    so for scopes kept in memory only and for Redis. False is refused for scopes with durability `commit`; in other
+    scopes it means the same as None."""
     idempotency_key: str | None
     """1 to 255 characters. A repetition with the same key gets the first answer and changes nothing, for 24 hours."""
 
 
 class DeadlineOptions(TypedDict, total=False):
-    """When the key of a write expires; at most one of them. Without one, see the call."""
+    """When the key of a write expires: at most one of these. If none is given, the call says what happens."""
 
     ttl: float | timedelta | None
-    """In this many seconds from now; more than 0, rounded up to whole milliseconds."""
+    """This many seconds from now; more than 0, rounded up to whole milliseconds."""
     expires_at: datetime | None
-    """At this moment, a datetime with a time zone. If it has passed, the key expires at once."""
+    """The deadline, a datetime with a time zone. If it has passed, the key expires at once."""
     keep_ttl: bool
-    """True: the deadline that the key has, if any, stays."""
+    """True: the key keeps the deadline that it has, if any."""
 
 
 class DeleteOptions(WriteOptions, total=False):
@@ -49,7 +50,7 @@ class SetOptions(WriteOptions, DeadlineOptions, total=False):
 
 
 class UpdateOptions(SetOptions, total=False):
-    """Options of `update`. Without a deadline option, the key keeps its deadline."""
+    """Options of `update`. Without a deadline option the key keeps its deadline, unless the scope has a `ttl` rule."""
 
     atomic: bool
     """True: raise UpdateRefused if an op does not fit, and write nothing."""
@@ -200,7 +201,7 @@ class WatchOptions(TypedDict, total=False):
     buffer: int
     """How many changes may wait to be read; one more raises WatchOverrun. Default: 10,000."""
     on_compacted: Literal["raise", "resync"]
-    """What happens if the changes after `since` are gone: Compacted is raised, or a new snapshot is given."""
+    """What happens if the changes after `since` are gone: Compacted is raised, or the watch begins with a snapshot."""
     known: Iterable[str] | Iterable[tuple[str, str]]
     """With `resync`: the keys that the caller has. If the watch is of many scopes: pairs of scope and key.
 

@@ -22,14 +22,14 @@ class Plain:
     __slots__ = ()
 
     json_fields: ClassVar[tuple[str, ...]] = ()
-    """The fields and properties that the plain data has, in order; none: all fields."""
+    """The fields and properties that the plain data has, in order; empty: all fields."""
     json_values: ClassVar[Mapping[str, str]] = {}
-    """Those of them that are values of keys -> the field that has the value as JSON."""
+    """Property whose value is that of a key -> the field that has this value as JSON."""
     json_optional: ClassVar[tuple[str, ...]] = ()
-    """Those of them that are left out where they say nothing."""
+    """The names that are left out of the plain data if they have no information."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a new dict of what JSON can hold: for `json.dumps`, logs and answers.
+        """Return a new dict of JSON data: for `json.dumps`, logs and answers.
 
         The names are those of the attributes. Values are as they were written, times are milliseconds since the epoch,
         and an error is its class and text.
@@ -56,7 +56,7 @@ class Plain:
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
-        """Called by pydantic only: takes objects of the class, and writes them as `to_dict()`."""
+        """Called by pydantic only: accepts objects of the class, and serialises them as `to_dict()`."""
         from pydantic_core import core_schema  # noqa: PLC0415 - it is there if pydantic calls
 
         fields = {
@@ -79,12 +79,12 @@ class Plain:
 
 
 def _written(given: Plain | dict[str, Any]) -> dict[str, Any]:
-    """Return what pydantic writes. Objects inside another one are plain data already, made by its `to_dict()`."""
+    """Return what pydantic serialises. A nested object is a dict already, made by `to_dict()` of the outer one."""
     return given if isinstance(given, dict) else given.to_dict()
 
 
 def plain(given: Any) -> Any:
-    """Return a field of a result as data that JSON can hold."""
+    """Return a field of a result as JSON data."""
     if isinstance(given, Plain):
         return given.to_dict()
     if isinstance(given, Mapping):
@@ -97,7 +97,7 @@ def plain(given: Any) -> Any:
 
 
 def _text_of(given: object, text: Callable[[Any], str] = str) -> str:
-    """Return `str` or `repr` of what a program has given; its own methods may raise."""
+    """Return `str` or `repr` of an object that the program has given. These run its methods, which may raise."""
     try:
         return text(given)
     except Exception as problem:  # noqa: BLE001 - whatever the program's own method raises
@@ -116,7 +116,7 @@ def json_shown(data: bytes | None) -> str:
 
 
 def shortened(given: Any) -> str:
-    """Return a repr of limited length, of a key or of other things that a program has given."""
+    """Return a repr of limited length: of a key, or of another object that the program has given."""
     if isinstance(given, str) and len(given) > LONGEST_SHOWN:
         return f"{given[:LONGEST_SHOWN]!r}... ({len(given):,} characters)"
     if isinstance(given, Sequence) and not isinstance(given, str) and len(given) > _MOST_ITEMS:
@@ -140,7 +140,7 @@ def _fields_of(kind: type[Plain]) -> tuple[str, ...]:
 
 
 def _defaults_of(kind: type[Plain]) -> dict[str, Any]:
-    """Return the defaults of the fields of a class: a repr leaves them out."""
+    """Return the defaults of the fields of a class. A repr leaves out fields that have their default."""
     defaults: tuple[Any, ...] = kind.__struct_defaults__  # type: ignore[attr-defined]  # as above
     return dict(zip(reversed(_fields_of(kind)), reversed(defaults), strict=False))
 

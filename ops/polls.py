@@ -1,7 +1,7 @@
 """`state::changes`: a poll for what has changed since a cursor, and its answer as JSON text.
 
-A poll that finds nothing waits for the next change, up to `wait_ms`. Its answer has the cursor of the next poll, even
-if nothing that it asks for has changed.
+If there is nothing to report, a poll waits up to `wait_ms` for the next change. The answer always has the cursor for
+the next poll, even if it has no changes.
 """
 
 from __future__ import annotations
@@ -57,16 +57,16 @@ class ChangesInput(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Poll(ChangesInput, frozen=True, kw_only=True):
-    """The same, and what a bridge asks for."""
+    """The same, with the fields that only a bridge sends."""
 
     tell: bool = msgspec.field(default=False, name="_events")
     """True: include all fields of the events, and deletes of keys that did not exist."""
     among: tuple[tuple[str | None, str], ...] | None = msgspec.field(default=None, name="_among")
-    """Only these of many scopes: each a name, or null and a prefix."""
+    """Only some scopes: each entry names one, or has null and a prefix of names."""
     fresh: int = msgspec.field(default=0, name="_fresh")
-    """The last this many of them are wanted from now on, even if there is a cursor."""
+    """The changes of the last this many entries of `among` are wanted from now on, even if the cursor is older."""
     settled: bool = msgspec.field(default=False, name="_settled")
-    """True: first wait until every change written by now can be reported, which a running commit delays."""
+    """True: first wait until every change written so far can be reported. A commit that is running delays that."""
     once: bool = msgspec.field(default=False, name="_once")
     """True: no poll continues from this one, so nothing is kept for it."""
 
@@ -130,7 +130,7 @@ def read_poll(payload: Payload) -> Poll:
 
 
 def change_text(change: Change, *, tell: bool = False) -> bytes:
-    """Return one change as JSON text; the values are inserted as they are stored. `tell`: a bridge asks for more."""
+    """Return one change as JSON text, with the values as they are stored. `tell`: a bridge asks for more fields."""
     parts = [
         b'{"kind":"%b","scope":%b,"key":%b,"revision":%d'
         % (change.kind.encode(), _json(change.scope), _json(change.key), change.revision)

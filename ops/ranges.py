@@ -17,9 +17,9 @@ from scopestate.ops.turns import A, Change, Effects, Entry, Failure, Range, Turn
 from scopestate.ops.values import parse
 
 MAX_DELETED: Final = 1_000
-"""Keys that one `DeleteRange` removes."""
+"""The most keys that one `DeleteRange` removes."""
 PAGE_KEYS: Final = 500
-"""Keys of a page, if the caller does not say."""
+"""Keys on a page if the caller names no limit."""
 ALL: Final = Range()
 
 
@@ -50,7 +50,7 @@ class Keys(_Ranged[list[str]], frozen=True):
 
 
 class _Listed(_Ranged[A], frozen=True):
-    """A turn that reads keys with what is stored under them. Over a bridge they all ask for the entries."""
+    """A turn that reads keys with what is stored under them. Over a bridge, all such turns ask for entries."""
 
     function_id = "state::list_entries"
 
@@ -73,13 +73,13 @@ class Pairs(_Listed[list[tuple[str, bytes]]], frozen=True):
 
 
 class Values(_Listed[list[bytes]], frozen=True):
-    """Read values as JSON, by their keys."""
+    """Read values as JSON, in the order of their keys."""
 
     looks_at = "values"
 
     def decide(self, view: View) -> Effects[list[bytes]]:
         get = view.get
-        # Not `map`, which would hold the interpreter lock for all of them.
+        # Not `map`, which would hold the interpreter lock until all values are read.
         found = [get(key) for key in view.keys(self.within)]
         return (), found  # type: ignore[return-value]  # keys of a view exist
 
@@ -100,7 +100,7 @@ class Entries(_Listed[list[tuple[str, Entry]]], frozen=True):
 
 
 class State(_Listed[tuple[int, list[tuple[str, Entry]]]], frozen=True):
-    """Read the revision of the scope, with entries of the same moment: where a watch begins."""
+    """Read the revision of the scope and its entries at the same moment: the start of a watch."""
 
     def decide(self, view: View) -> Effects[tuple[int, list[tuple[str, Entry]]]]:
         found = [] if self.within.limit == 0 else Entries(self.within).decide(view)[1]
@@ -124,11 +124,11 @@ class Deleted(WriteResult, frozen=True, eq=False):
     """Result of `DeleteRange`."""
 
     deleted: int
-    """Keys that were removed."""
+    """The number of keys that were removed."""
     more: bool
     """True if keys are left in the range: the turn removes at most MAX_DELETED."""
     removed: tuple[tuple[str, bytes], ...] = ()
-    """These keys with the values that they had, as JSON; of a repetition: none."""
+    """These keys with the values that they had, as JSON; empty for a repetition."""
 
     def to_json(self) -> dict[str, Any]:
         """The result as it goes over the wire."""
@@ -136,7 +136,7 @@ class Deleted(WriteResult, frozen=True, eq=False):
 
 
 class DeleteRange(_Ranged[Deleted], frozen=True):
-    """Remove the keys within a range, at most MAX_DELETED: all of these, or none."""
+    """Remove the first MAX_DELETED keys of a range, or all if there are fewer. All of these are removed, or none."""
 
     function_id = "state::delete-range"
     writes = True
@@ -210,7 +210,7 @@ class ReadPage(_Listed[Page], frozen=True):
     cursor: str | None = None
     """The cursor of the page before; None: the first page."""
     max_bytes: int = 0
-    """The most bytes of JSON on the page, which has at least one entry; 0: no limit."""
+    """The most bytes of JSON on the page, unless its only entry is larger; 0: no limit."""
 
     def decide(self, view: View) -> Effects[Page]:
         within = self.within
@@ -232,7 +232,7 @@ class ReadPage(_Listed[Page], frozen=True):
         return (), Page(tuple(entries), cursor)
 
     def call(self, scope: str) -> dict[str, Any]:
-        # The cursor is the other engine's, with the id of its store.
+        # The cursor comes from the other engine, and contains the id of its store.
         return {**super().call(scope), "_by_page": True, "cursor": self.cursor, "max_bytes": self.max_bytes}
 
     def effects_of(self, result: bytes | None) -> Effects[Page]:
@@ -254,7 +254,7 @@ _decode_entries: Final = msgspec.json.Decoder(_Entries).decode
 
 
 def _entries_of(result: bytes | None) -> Page:
-    """Return what another engine has answered to `_entries`."""
+    """Return the page in another engine's answer to `_entries`."""
     told = _decode_entries(result or b"null")
     entries = [(key, Entry(parse(bytes(one.value)), one.revision, one.expires_at)) for key, one in told.entries]
     return Page(tuple(entries), told.next_cursor)
@@ -268,7 +268,7 @@ def checked_page(within: Range) -> Range:
 
 
 def behind(within: Range, last: str) -> Range:
-    """Return what is left of a range after the last key of a page."""
+    """Return the part of a range that comes after `last`, the last key of a page."""
     if within.reverse:
         return msgspec.structs.replace(within, end=last)
     return msgspec.structs.replace(within, after=last)
@@ -295,13 +295,13 @@ def make_cursor(store: str, scope: str, within: Range, last: str) -> str:
 
 
 def read_cursor(cursor: str, store: str, scope: str, within: Range) -> str:
-    """Return the last key of the page before. Raises InvalidCursor if `make_cursor` did not make it for this walk."""
+    """Return the last key of the previous page. Raises InvalidCursor if the cursor was not made for this walk."""
     try:
         data = base64.b64decode(cursor.encode("ascii") + b"=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
     except ValueError:
         raise InvalidCursor("damaged") from None
     checksum, body = data[:_CHECKSUM_BYTES], data[_CHECKSUM_BYTES:]
-    # Two texts that differ in bits that base64 ignores would be one cursor.
+    # base64 ignores some bits: without the last comparison, different texts would be the same cursor.
     if not body or checksum != _digest(body, _CHECKSUM_BYTES) or _text_of(data) != cursor:
         raise InvalidCursor("damaged")
     # Every version begins with the checksum and its own number.
@@ -321,12 +321,12 @@ def read_cursor(cursor: str, store: str, scope: str, within: Range) -> str:
 
 
 def _text_of(data: bytes) -> str:
-    """Return bytes as text that may stand in a URL."""
+    """Return bytes as text that needs no escaping in a URL."""
     return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
 
 
 def _bounds(within: Range) -> bytes:
-    """Return what two pages of one walk have in common: everything but their size."""
+    """Return what all pages of a walk have in common: everything but the size of the page."""
     return msgspec.msgpack.encode((within.prefix, within.start, within.after, within.end, within.reverse))
 
 

@@ -1,6 +1,7 @@
-"""The turns by which a bridge asks another scopestate engine, so that `modify` and `transact` can be computed here.
+"""The turns that a bridge sends to another scopestate engine, so that `modify` and `transact` can be computed here.
 
-Each is a field that begins with `_` in the input of a built-in function: engines without it ignore it.
+On the wire, each is a field that begins with `_` in the input of a built-in function. Engines that do not know the
+field ignore it.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class KeysAt(Turn[KeysNow], frozen=True):
 
 
 class Now(Turn[int], frozen=True):
-    """Read the clock by which the keys of a scope expire, in milliseconds since the epoch."""
+    """Read the clock that decides when the keys of a scope expire, in milliseconds since the epoch."""
 
     function_id = "state::get-entry"
     failure = Failure("GET_ERROR", "Failed to get value")
@@ -89,7 +90,7 @@ class Everything(Turn[list[tuple[str, Entry]]], frozen=True):
             told = _decode_everything(result or b"null")
         except msgspec.DecodeError:
             told = _Everything()
-        if told.entries is None:  # an older scopestate, or none
+        if told.entries is None:  # an older scopestate, or another engine
             _, items = Items().effects_of(result)
             return (), [(key, Entry(data, 0)) for key, data in items]
         entries = [Entry(parse(bytes(one.value)), one.revision, one.expires_at) for one in told.entries]
@@ -107,7 +108,7 @@ class Recalled(NamedTuple):
 class Committing(Turn[BatchResult | Recalled], frozen=True):
     """Commit what the function of a `transact` with an idempotency key has done, and keep what it returned.
 
-    A repetition is known by the key alone: the function may do something else at another time.
+    A repetition is recognised by the key alone, because the function may do something else when it is called again.
     """
 
     function_id = "state::transaction"
@@ -116,7 +117,7 @@ class Committing(Turn[BatchResult | Recalled], frozen=True):
 
     batch: Batch
     returned: bytes
-    """What the function has returned, as JSON."""
+    """The result of the function, as JSON."""
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -124,7 +125,7 @@ class Committing(Turn[BatchResult | Recalled], frozen=True):
 
     @property
     def kind(self) -> str:
-        return Transact.__name__  # the engine that keeps the scope may have done it itself, or may do the repetition
+        return Transact.__name__  # the engine that has the scope may make one of the two calls itself
 
     def content(self) -> Any:
         return ()

@@ -1,4 +1,4 @@
-"""Inputs of the wire, read into turns: the new functions, and the options of the six of the reference.
+"""Reads inputs from the wire into turns: of the new functions, and the options of the reference's six functions.
 
 The schemas of `engine.functions()` are made from the structs here; their docstrings are the descriptions. Numbers are
 whole numbers in JSON: `1.0` is refused, as in the ops of an update.
@@ -48,16 +48,16 @@ from scopestate.ops.writes import (
 
 T = TypeVar("T")
 Payload = Mapping[str, Any]
-"""The input of a call; for the new functions it is plain JSON data."""
+"""The input of a call. For the new functions it is plain JSON data."""
 
 SNAPSHOT_CURSOR: Final = "snapshot."
-"""How cursors of snapshots begin; those of pages by seek have no full stop."""
+"""The beginning of the cursors of snapshots. Cursors of pages by seek contain no full stop."""
 SNAPSHOT_ROWS: Final = 100_000
-"""Rows that a snapshot of `state::list_entries` may have."""
+"""The most rows that a snapshot of `state::list_entries` may have."""
 
 
 class PageLimits(NamedTuple):
-    """What a page of a snapshot may hold, and the cursor of the page before."""
+    """The limits of a page of a snapshot, and the cursor of the previous page."""
 
     limit: int
     max_bytes: int
@@ -65,18 +65,18 @@ class PageLimits(NamedTuple):
 
 
 class Request(NamedTuple):
-    """A call of a built-in function on one scope, read."""
+    """A call of a built-in function on one scope, after its input was read."""
 
     scope: str
     turn: Turn[Any]
     durable: bool | None = None
-    """True: answer when it is on disk; None: as the scope's durability says."""
+    """True: answer when the write is on disk; None: the durability of the scope decides."""
     reads: bool = False
-    """True if the answer of a write tells of keys that it may not have written: it has a condition."""
+    """True for a write with a condition: its answer can contain what is stored under keys that it did not write."""
     tell: bool = False
     """True: a bridge asks for more in the answer (`ops/answers.py`)."""
     page: PageLimits | None = None
-    """For a page of a snapshot: what it may hold. Its `turn` makes the snapshot."""
+    """The limits, for a page of a snapshot. `turn` then makes the snapshot."""
 
 
 # ---------------------------------------------------------------------------------------------- options of the six
@@ -97,7 +97,7 @@ _Idempotency = Annotated[
 
 
 class WriteOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What `state::delete` takes beside the reference's fields. With any of them the answer has the revision."""
+    """The fields of `state::delete` that the reference lacks. With any of them the answer has the revision."""
 
     if_revision: _Revision | UnsetType = UNSET
     if_absent: _Absent | UnsetType = UNSET
@@ -106,7 +106,7 @@ class WriteOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SetOptions(WriteOptions, frozen=True, kw_only=True):
-    """What `state::set` takes beside the reference's fields."""
+    """The fields of `state::set` that the reference lacks."""
 
     ttl_ms: _Ttl | UnsetType = UNSET
     expires_at: _Moment | UnsetType = UNSET
@@ -114,7 +114,7 @@ class SetOptions(WriteOptions, frozen=True, kw_only=True):
 
 
 class UpdateOptions(SetOptions, frozen=True, kw_only=True):
-    """What `state::update` takes beside the reference's fields."""
+    """The fields of `state::update` that the reference lacks."""
 
     atomic: _Atomic | UnsetType = UNSET
 
@@ -147,11 +147,11 @@ OPTIONS: Final[dict[str, type[WriteOptions]]] = {
     "state::set": SetOptions,
     "state::update": UpdateOptions,
 }
-"""Function id -> what it takes beside the reference's fields."""
+"""Function id -> the fields that the reference lacks."""
 
 
 def read_options(function_id: str, payload: Payload) -> WriteOptions | None:
-    """Return the options in the input of a `set`, `update` or `delete`; None if there are none.
+    """Return the options in the input of a `set`, `update` or `delete`; None if it has no options.
 
     Raises DeserializationError if one does not fit.
     """
@@ -166,7 +166,7 @@ def read_options(function_id: str, payload: Payload) -> WriteOptions | None:
 
 
 def with_options(plain: Request, given: WriteOptions | None) -> Request:
-    """Return what the request for a plain `set`, `update` or `delete` becomes with options.
+    """Return the request for a `set`, `update` or `delete` with options, made from the one without.
 
     Raises DeserializationError if they contradict each other.
     """
@@ -206,7 +206,7 @@ def reference_fields(function_id: str, payload: Payload) -> list[Any]:
 
 
 def read_set(payload: Payload, limits: Limits) -> Request:
-    """Read the input of `state::set`. As all these functions: raises DeserializationError; this one ValueTooLarge."""
+    """Read the input of `state::set`. Raises DeserializationError, as all these functions do, and ValueTooLarge."""
     scope, key, value = reference_fields("state::set", payload)
     options = read_options("state::set", payload)
     data = encode(value)
@@ -237,7 +237,7 @@ def read_get(payload: Payload, limits: Limits) -> Request:
 def read_list(payload: Payload, limits: Limits) -> Request:
     """Read the input of `state::list`."""
     (scope,) = reference_fields("state::list", payload)
-    if payload.get("_keys") is True:  # a bridge or a tool asks for the keys too, and maybe for revisions
+    if payload.get("_keys") is True:  # a bridge or a tool asks for the keys too, and perhaps for revisions
         return Request(scope, Everything() if payload.get("_entries") is True else Items(), tell=True)
     return Request(scope, List())
 
@@ -258,7 +258,7 @@ def _text(function_id: str, payload: Payload, field: str) -> str:
     text = payload[field]
     if not issubclass(type(text), str):  # not isinstance, which believes the `__class__` of a mock
         raise misfit(function_id, f"invalid type: expected a string, got {json_type(text)} - at `$.{field}`")
-    return str.__str__(text)  # of a subclass, what it holds
+    return str.__str__(text)  # the plain string that a subclass holds
 
 
 def _value(function_id: str, payload: Payload, field: str) -> Any:
@@ -287,7 +287,7 @@ _READERS: Final[dict[str, Callable[[str, Payload, str], Any]]] = {
     "value": _value,
     "ops": _ops,
 }
-"""Field of the reference -> what reads it."""
+"""Field of the reference -> the function that reads it."""
 
 FIELDS: Final[dict[str, tuple[str, ...]]] = {
     "state::delete": ("scope", "key"),
@@ -367,7 +367,7 @@ class StepInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     keep_ttl: _KeepTtl = False
 
     def deadline(self) -> Deadline:
-        """Return what it asks for about the deadline. Raises DeserializationError."""
+        """Return the deadline that the step asks for. Raises DeserializationError."""
         return checked_deadline(_or_none(self.ttl_ms), _or_none(self.expires_at), keep=self.keep_ttl)
 
 
@@ -450,9 +450,9 @@ def read_get_entry(payload: Payload, limits: Limits) -> Request:
     """Read the input of `state::get-entry`."""
     given = convert(payload, GetEntryInput)
     key = checked_name("key", given.key)
-    if payload.get("_left") is True:  # a bridge asks how long the key is kept, by this engine's clock
+    if payload.get("_left") is True:  # a bridge asks how long the key has left by this engine's clock
         return Request(given.scope, Ttl(key), tell=True)
-    if payload.get("_now") is True:  # or for that clock
+    if payload.get("_now") is True:  # or for the time of that clock
         return Request(given.scope, Now(), tell=True)
     return Request(given.scope, GetEntry(key))
 
@@ -460,7 +460,7 @@ def read_get_entry(payload: Payload, limits: Limits) -> Request:
 def read_compare_and_set(payload: Payload, limits: Limits) -> Request:
     """Read the input of `state::compare-and-set`. Raises ValueTooLarge too."""
     given = convert(payload, CompareAndSetInput)
-    expected: bytes | UnsetType | None = None  # and for null, as in Python, so that an idempotency key sees one call
+    expected: bytes | UnsetType | None = None  # null too, as in Python: to an idempotency key they are the same call
     if given.expected is UNSET and given.expected_revision is not None:
         expected = UNSET
     elif given.expected is not UNSET and given.expected is not None:
@@ -473,14 +473,14 @@ def read_compare_and_set(payload: Payload, limits: Limits) -> Request:
 def read_transaction(payload: Payload, limits: Limits) -> Request:
     """Read the input of `state::transaction`. Raises ValueTooLarge and BatchTooLarge too."""
     given = convert(payload, TransactionInput)
-    if payload.get("_recall") is True and given.idempotency_key is not None:  # a bridge asks for what is kept
+    if payload.get("_recall") is True and given.idempotency_key is not None:  # a bridge asks for the kept answer
         return Request(given.scope, Recall(given.idempotency_key), reads=True, tell=True)
     steps = [_step(given.scope, step, index, limits.max_value_bytes) for index, step in enumerate(given.ops)]
     checks = tuple([_check(check, index) for index, check in enumerate(given.checks)])
     batch = Batch(tuple(steps), checks, checked_revision(given.if_revision), limits.max_batch_bytes)
     batch.refuse_size(given.scope)
     turn: Turn[Any] = batch
-    if "_returned" in payload:  # what the function of a `transact` has returned, on the other side of a bridge
+    if "_returned" in payload:  # the result of the function of a `transact`, from behind a bridge
         turn = Committing(batch, encode_plain(payload["_returned"]))
     return _write(payload, given, turn, reads=bool(checks) or given.if_revision is not None)
 
@@ -610,7 +610,7 @@ def _once(turn: Turn[Any], idempotency_key: str | None) -> Turn[Any]:
 
 
 def convert(payload: Payload, kind: type[T]) -> T:
-    """Return plain JSON data as a struct. Raises DeserializationError, with JSON's names of types."""
+    """Return plain JSON data as a struct. Raises DeserializationError, which names types as JSON does."""
     try:
         return msgspec.convert(payload, kind)
     except msgspec.ValidationError as error:

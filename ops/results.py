@@ -52,13 +52,13 @@ class WriteResult(Plain, msgspec.Struct, frozen=True, eq=False, kw_only=True, gc
     revision: int = 0
     """The revision that the write gave to its key.
 
-    0 where there is none to tell: of a `modify` that left a missing key as it was, and of what a batch did to a key
-    that exists neither before nor afterwards; in Redis with `revisions: false`; through a bridge to iii.
+    0 if there is no revision: for a `modify` that left a missing key as it was; for a write of a batch to a key that
+    exists neither before nor after the batch; in Redis with `revisions: false`; through a bridge to iii.
     """
     detailed: bool = False
-    """True if the caller used an argument that the reference does not have: the JSON then has `revision` too."""
+    """True if the caller used an argument that the reference lacks. The JSON then has `revision` too."""
     replayed: bool = False
-    """True if an earlier call with the same idempotency key did this, and this call did nothing."""
+    """True if an earlier call with the same idempotency key made the write, and this call did nothing."""
 
     def _with_details(self, plain: dict[str, Any]) -> dict[str, Any]:
         if self.detailed:
@@ -102,7 +102,7 @@ class SetResult(WriteResult, Generic[T], frozen=True, eq=False, gc=False):
     old_json: bytes | None
     """The previous value as JSON, or None if the key did not exist.
 
-    Through a bridge to iii 0.11.6 a previous null is None too: its answer does not tell them apart.
+    Through a bridge to iii 0.11.6, a previous null is None too: the answer does not distinguish the two.
     """
     new_json: bytes
     """The new value as JSON."""
@@ -208,7 +208,7 @@ class CasResult(WriteResult, Generic[T], frozen=True, eq=False, gc=False):
 
     @classmethod
     def example(cls, swapped: bool, found: object = MISSING, *, revision: int = 1) -> Self:
-        """As `SetResult.example`. `found`: the value that the key had; left out, it did not exist."""
+        """As `SetResult.example`. `found`: the value that the key had. Without `found` the key did not exist."""
         return cls(swapped, _json_or_none(found), revision=revision)
 
     @property
@@ -218,7 +218,7 @@ class CasResult(WriteResult, Generic[T], frozen=True, eq=False, gc=False):
 
     @property
     def current(self) -> T | None:
-        """The value that the key had and still has if it was not swapped, a new copy at each reading; else None."""
+        """If the value was not swapped: the value of the key, a new copy at each reading. Otherwise None."""
         return None if self.swapped or self.found_json is None else decode(self.found_json)
 
     def to_json(self) -> dict[str, Any]:
@@ -241,7 +241,7 @@ class ModifyResult(WriteResult, Generic[T], frozen=True, eq=False, gc=False):
     old_json: bytes | None
     """The previous value as JSON, or None if the key did not exist."""
     new_json: bytes | None
-    """The value as JSON that the key has now, or None if it does not exist."""
+    """The value that the key has now, as JSON; None if it does not exist."""
 
     @classmethod
     def example(cls, new_value: object = MISSING, *, old_value: object = MISSING, revision: int = 1) -> Self:
@@ -259,7 +259,7 @@ class ModifyResult(WriteResult, Generic[T], frozen=True, eq=False, gc=False):
         return None if self.new_json is None else decode(self.new_json)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the result as plain data; no worker can ask for it."""
+        """Return the result as plain data. It is never sent to a worker."""
         return {"old_value": self.old_value, "new_value": self.new_value, "revision": self.revision}
 
 
@@ -284,9 +284,9 @@ class EntryView(Plain, msgspec.Struct, Generic[T], frozen=True, gc=False):
     json: bytes
     """The value as JSON."""
     revision: int
-    """The number of the key's last change: each change of a scope takes a larger one."""
+    """The number of the key's last change. Each change of a scope has a larger number than the one before."""
     expires_ms: int | None = None
-    """When it expires, in milliseconds since the epoch; None: never."""
+    """When the key expires, in milliseconds since the epoch; None: never."""
 
     @classmethod
     def example(
@@ -304,7 +304,7 @@ class EntryView(Plain, msgspec.Struct, Generic[T], frozen=True, gc=False):
 
     @property
     def expires_at(self) -> datetime | None:
-        """When it expires, in UTC; None: never. What is later than the year 9999 is shown as its end."""
+        """When the key expires, in UTC; None: never. A time after the year 9999 is given as the end of that year."""
         if self.expires_ms is None:
             return None
         try:
@@ -343,7 +343,7 @@ class SetResults(msgspec.Struct, frozen=True, eq=False, gc=False):
     before: list[bytes | None]
     after: list[bytes]
     last: int
-    """The revision of the last one. Those before it have the numbers before it."""
+    """The revision of the last set. The sets before it have consecutive numbers up to it."""
 
     def __len__(self) -> int:
         return len(self.after)
@@ -388,10 +388,10 @@ class BatchResult(WriteResult, frozen=True, eq=False, gc=False):
     json_fields: ClassVar[tuple[str, ...]] = ("results", "revision", "replayed")
 
     results: Sequence[StepResult]
-    """One for each write of the batch, in order.
+    """One result for each write of the batch, in order.
 
-    Each has the revision that the batch gave to its key: the same for all writes of one key, 0 if the key exists
-    neither before nor afterwards. A result of `touch` has none.
+    Each has the revision that the batch gave to its key: the same for all writes of one key, and 0 if the key exists
+    neither before nor after the batch. A result of `touch` has no revision.
     """
 
     def to_json(self) -> dict[str, Any]:
@@ -409,9 +409,9 @@ class BatchResult(WriteResult, frozen=True, eq=False, gc=False):
 class StateEvent(Plain, msgspec.Struct, Generic[T], eq=False, weakref=True, dict=True):
     """A change of one key, for handlers and conditions: has attributes, and is a mapping of the reference's six fields.
 
-    Source: reference, "State Event Payload". A `state:expired` event has `expired_at` and `late_ms` beside the six.
-    The other fields, and `existed`, are attributes only. `StateEvent[V]`: its values are of type V, as a type checker
-    sees them; those of a typed scope are `StateEvent[User | None]`.
+    Source: reference, "State Event Payload". The mapping of a `state:expired` event has `expired_at` and `late_ms` too.
+    The other fields, and `existed`, are attributes only. For type checkers, the values of a `StateEvent[V]` are of type
+    V; events of a typed scope are `StateEvent[User | None]`.
     """
 
     json_fields: ClassVar[tuple[str, ...]] = (
@@ -438,14 +438,14 @@ class StateEvent(Plain, msgspec.Struct, Generic[T], eq=False, weakref=True, dict
     revision: int
     """The revision that the change gave to its key. It rises from event to event of one scope.
 
-    Memory and files: the number of the write in its scope. A store keeps it over a restart, and never gives a number
-    again. In memory it begins at 1. Redis: made from the time of day, so large and with gaps, the same in every engine.
-    In two cases it is the number of an event, not the revision of a key: through a bridge with `events: local` (of the
-    events in this engine, from 1 on), and in Redis with `revisions: false` (the same, or with `events: shared` of the
-    events in the database).
+    Memory and files: the number of the write in its scope. In a store the numbers continue after a restart, and no
+    number is used twice. In memory they begin at 1. Redis: numbers are made from the time of day, so they are large and
+    have gaps; every engine sees the same ones. In two cases the field is the number of an event, not the revision of a
+    key. Through a bridge with `events: local`, the events in this engine are counted from 1. In Redis with
+    `revisions: false` the same is true, but with `events: shared` the events in the database are counted.
     """
     depth: int = 0
-    """0 for a write from outside of handlers, 1 for a write by the handler of such an event, and so on."""
+    """0 for a write that no handler made, 1 for a write by the handler of such an event, and so on."""
     expired_at: Annotated[
         int | None, msgspec.Meta(description="Deadline in milliseconds since the epoch (expired events only)")
     ] = None
@@ -453,23 +453,23 @@ class StateEvent(Plain, msgspec.Struct, Generic[T], eq=False, weakref=True, dict
     late_ms: Annotated[
         int | None, msgspec.Meta(description="Milliseconds from the deadline to the removal (expired events only)")
     ] = None
-    """`state:expired`: the milliseconds from the deadline, at which the key is absent, to its removal; else None."""
+    """`state:expired`: milliseconds from the deadline, when the key becomes absent, to its removal; else None."""
     transaction: int = 0
-    """The revision of the last change of the transaction that this change is part of; its own if it is alone.
+    """The revision of the last change of the transaction that this change is part of; its own if it is the only change.
 
-    0 where a change is made elsewhere: in Redis, and through a bridge with `events: local`.
+    0 for changes in Redis, and through a bridge with `events: local`.
     """
     time_ms: int = 0
-    """When the change was made, in milliseconds since the epoch; 0 if neither a watch nor the journal needs it."""
+    """When the change was made, in milliseconds since the epoch; 0 if no watch and no journal needs the time."""
     position: int = 0
-    """The number of the change in the journal of its engine, over all scopes; 0 if it is in none."""
+    """The number of the change in the journal of its engine, over all scopes; 0 if it is in no journal."""
     coalesced: int = 0
-    """How many changes of the key this event stands for, at a trigger with `debounce`; 0 at others."""
+    """With a trigger that has `debounce`: how many changes of the key this event stands for; otherwise 0."""
     metadata: Any = None
     """The `metadata` of the trigger whose handler gets the event."""
 
-    # A decoded value is kept in `__dict__`, which pickling, copying and `msgspec.structs.replace` do not copy: the copy
-    # decodes its own.
+    # A decoded value is kept in `__dict__`. Pickling, copying and `msgspec.structs.replace` do not copy that, so the
+    # copy decodes its own values.
 
     @property
     def type(self) -> Annotated[str, msgspec.Meta(description='Always "state"')]:
@@ -517,10 +517,10 @@ class StateEvent(Plain, msgspec.Struct, Generic[T], eq=False, weakref=True, dict
     ) -> StateEvent[Any]:
         """Return an event made without an engine, for unit tests of a handler.
 
-        Its type follows from the values: `state:created` with a new value or none at all, `state:updated` with both,
-        `state:deleted` with an old value only. A value that is not given does not exist, with one exception: the new
-        value of a created event is then {}. None is JSON's null. An expired event has its deadline at `time_ms`.
-        Raises InvalidValue for what JSON cannot hold. Two events are equal if the fields of the mapping are.
+        The values decide the type: `state:updated` with both values, `state:deleted` with an old value only, otherwise
+        `state:created`. If a value is left out, it does not exist, except that the new value of a created or updated
+        event is {}. None is JSON's null. The deadline of an expired event is `time_ms`. Raises InvalidValue for what
+        JSON cannot hold. Two events are equal if the fields of the mapping are.
         """
         if event_type is None:
             had, has = old_value is not MISSING, new_value is not MISSING
@@ -563,7 +563,7 @@ class StateEvent(Plain, msgspec.Struct, Generic[T], eq=False, weakref=True, dict
         )
 
     def as_deleted(self) -> StateEvent:
-        """Return the event that a handler gets instead if it knows the reference's events only."""
+        """Return the event that a handler gets instead if it knows only the events of the reference."""
         return StateEvent(
             "state:deleted",
             self.scope,
@@ -586,7 +586,7 @@ class StateEvent(Plain, msgspec.Struct, Generic[T], eq=False, weakref=True, dict
         return dict(self.copy())
 
     def to_dict(self) -> dict[str, Any]:
-        """As `to_json`: the payload of an event, which workers get too. The other attributes are not in it."""
+        """As `to_json`: the payload of the event, as workers get it. It does not contain the other attributes."""
         return self.to_json()
 
     def __repr__(self) -> str:
@@ -620,7 +620,7 @@ class StateEvent(Plain, msgspec.Struct, Generic[T], eq=False, weakref=True, dict
     keys = Mapping.keys
     values = Mapping.values
 
-    __hash__ = None  # type: ignore[assignment]  # equal to a dict, so as unhashable as one
+    __hash__ = None  # type: ignore[assignment]  # it can be equal to a dict, which is unhashable
 
 
 _EVENT_FIELDS: Final = StateEvent.json_fields[:6]

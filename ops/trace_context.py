@@ -1,8 +1,8 @@
-"""The trace that a call is part of, as the W3C recommendation "Trace Context" writes it, and how it travels.
+"""The trace that a call is part of, in the format of the W3C recommendation "Trace Context", and how it is passed on.
 
-Every event has a depth: how many handlers led to it. The depth already goes wherever the call goes, so the context of
-a trace travels in it, as a `TracedDepth`: a number with one more attribute. A call without a trace has a plain `int`,
-and nothing is stored or sent for it.
+Every event has a depth: how many handlers led to it. The depth is passed on with each call already, so it carries the
+context of the trace too: a `TracedDepth` is a number with one more attribute. A call without a trace has a plain
+`int`, and nothing is stored or sent for a trace.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from typing import Final, NamedTuple
 
 LONGEST_STATE: Final = 512
-"""Characters that a `tracestate` may have. The recommendation lets a longer one be dropped."""
+"""The most characters of a `tracestate`. The recommendation allows dropping a longer one."""
 
 _traceparent: Final = re.compile(
     r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?", re.DOTALL
@@ -20,16 +20,19 @@ _tracestate: Final = re.compile(r"[\x20-\x7e]+").fullmatch
 
 
 class TraceContext(NamedTuple):
-    """The span that a call or a write was made in. Made by `read_context` from what was not checked."""
+    """The span that a call or a write was made in. `read_context` makes one from unchecked text."""
 
     traceparent: str
     """Version, trace, span and flags: 55 characters, such as `00-<32 hex digits>-<16 hex digits>-01`."""
     tracestate: str = ""
-    """What tracing systems add to it, as `key=value,key=value`. At most `LONGEST_STATE` characters."""
+    """Data of tracing systems, as `key=value,key=value`. At most `LONGEST_STATE` characters."""
 
     @property
     def text(self) -> str:
-        """Both as one text, as they are stored: the state, if there is one, follows a space. `read_text` reads it."""
+        """Both as one text, for storing: `traceparent`, then a space and `tracestate` if it is not empty.
+
+        `read_text` reads it.
+        """
         return f"{self.traceparent} {self.tracestate}" if self.tracestate else self.traceparent
 
 
@@ -39,11 +42,11 @@ class TracedDepth(int):
     context: TraceContext
 
     is_used = False
-    """True on the class once the process has made one: until then a writer need not look for any."""
+    """Set to True on the class when the process makes the first one. Until then, writers need not look for any."""
 
     @classmethod
     def of(cls, depth: int, context: TraceContext | None) -> int:
-        """Return a depth with a context; the plain depth if that is None."""
+        """Return a depth with a context; the plain depth if `context` is None."""
         if context is None:
             return int(depth)
         made = cls(depth)
@@ -52,7 +55,7 @@ class TracedDepth(int):
         return made
 
     def deeper(self) -> int:
-        """Return the depth of what a handler of this event does, in the same trace."""
+        """Return the depth of the calls that a handler of this event makes, in the same trace."""
         return TracedDepth.of(self + 1, self.context)
 
     def __reduce__(self) -> tuple[type[int], tuple[int]]:
@@ -71,10 +74,10 @@ def context_of(depth: int) -> TraceContext | None:
 
 
 def read_context(traceparent: str | None, tracestate: str | None = None) -> TraceContext | None:
-    """Return the context that two headers name; None if there is none, or `traceparent` is not valid.
+    """Return the context that two headers describe; None if `traceparent` is missing or not valid.
 
-    A `tracestate` that is too long or is not printable ASCII is dropped. A traceparent of a later version is read as
-    far as version 00 goes. Source: W3C Trace Context, sections 3.2 and 4.
+    A `tracestate` that is too long or not printable ASCII is dropped. Of a `traceparent` of a later version, only the
+    fields of version 00 are read. Source: W3C Trace Context, sections 3.2 and 4.
     """
     if not traceparent or len(traceparent) > LONGEST_STATE:
         return None
@@ -91,6 +94,6 @@ def read_context(traceparent: str | None, tracestate: str | None = None) -> Trac
 
 
 def read_text(text: str) -> TraceContext | None:
-    """Return the context of which this is the `text`; None if it is not one."""
+    """Return the context that `TraceContext.text` wrote as this text; None if the text is not valid."""
     traceparent, _, tracestate = text.partition(" ")
     return read_context(traceparent, tracestate)

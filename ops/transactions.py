@@ -1,8 +1,8 @@
 """Several keys of one scope in one turn: all or nothing.
 
-Two forms. A `Batch` is a value: checks and steps, which can be sent anywhere. A `Transact` runs a function of the
-program over a `Transaction`, which reads its own writes; `Draft.as_batch` makes a batch of what the function did, for a
-scope that lives elsewhere. Both write each key once, whatever the number of steps on it: one event, one revision.
+There are two forms. A `Batch` is data: checks and steps, which can be sent anywhere. A `Transact` calls a function of
+the program with a `Transaction`, which reads its own writes. If the scope is kept elsewhere, `Draft.as_batch` makes a
+batch from what the function did. Both write each key once, whatever the number of steps on it: one event, one revision.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ from scopestate.ops.values import decode, encode, parse, prepare
 from scopestate.ops.writes import asked_deadline, compared, same_json, touch_deadline, touched
 
 MAX_KEYS: Final = 1_000
-"""Keys that one transaction changes; for a batch, including those that it only checks."""
+"""The most keys that one transaction changes; in a batch, those that it only checks count too."""
 MAX_BYTES: Final = 8 * 2**20
-"""Bytes of JSON that one transaction writes, where the engine sets no other limit."""
+"""The most bytes of JSON that one transaction writes, if the engine sets no other limit."""
 
 
 class Check(msgspec.Struct, frozen=True):
@@ -69,7 +69,7 @@ class Check(msgspec.Struct, frozen=True):
     revision: int | None = None
     """0: the key does not exist; None: any revision."""
     value: bytes | UnsetType | None = UNSET
-    """As JSON, compared as by compare-and-set; UNSET: any value."""
+    """The expected value as JSON, compared as by compare-and-set; UNSET: any value."""
 
 
 class SetStep(msgspec.Struct, frozen=True, tag_field="type", tag="set"):
@@ -81,7 +81,7 @@ class SetStep(msgspec.Struct, frozen=True, tag_field="type", tag="set"):
 
 
 class UpdateStep(msgspec.Struct, frozen=True, tag_field="type", tag="update"):
-    """Apply checked ops to the value of a key. An op that is refused refuses the whole transaction."""
+    """Apply checked ops to the value of a key. If an op is refused, the whole transaction is refused."""
 
     key: str
     ops: tuple[UpdateOp, ...]
@@ -110,32 +110,32 @@ class Draft:
     def __init__(self, view: View) -> None:
         self.view = view
         self.found: dict[str, Entry | None] = {}
-        """What the scope has under each key that was looked at."""
+        """Key that was read -> what the scope has under it."""
         self.looked_around = False
-        """True if keys were listed: then any other key matters too."""
+        """True if keys were listed. The result then depends on every key of the scope."""
         self._found_before = 0
-        """How many keys were looked at before any were listed."""
+        """How many keys were read before the first listing."""
         self._now: dict[str, Entry | None] = {}
-        """What the transaction has under each key that it has changed. Revision 0: not known before the commit."""
+        """Key that was changed -> what the transaction has under it. Revision 0: not known before the commit."""
         self._written: dict[str, None] = {}
         self._cleared: set[str] = set()
-        """Keys that a `touch` has left without a deadline, whatever the scope's rule says."""
+        """Keys that a `touch` has left without a deadline, even if the scope has a rule for deadlines."""
         self._expiring = view.expiring
 
     def entry(self, key: str) -> Entry | None:
-        """Return what is stored under a key, with what the transaction has done to it."""
+        """Return what is stored under a key, with the changes of the transaction."""
         if key in self._now:
             entry = self._now[key]
             if entry is None or entry.expires_ms is None or entry.expires_ms > self.view.now_ms:
                 return entry
-            return None  # given a deadline that has passed already
+            return None  # it was given a deadline that had passed already
         if key in self.found:
             return self.found[key]
         entry = self.found[key] = self.view.entry(key)
         return entry
 
     def set(self, key: str, data: bytes, asked: Deadline = NO_DEADLINE) -> bytes | None:
-        """Set a key, and return the JSON that it had."""
+        """Set a key, and return the JSON of its value before."""
         before = self.entry(key)
         plain = asked is NO_DEADLINE and not self._expiring
         self._now[key] = Entry(data, 0, None if plain else deadline_of(self.view, before, asked))
@@ -146,7 +146,7 @@ class Draft:
     def update(
         self, key: str, ops: tuple[UpdateOp, ...], asked: Deadline = NO_DEADLINE
     ) -> tuple[bytes | None, bytes, tuple[OpError, ...]]:
-        """Return the JSON before and after the ops, and the errors; a key with errors is left as it was."""
+        """Return the JSON before and after the ops, and the errors. If there are errors, the key stays as it was."""
         before = self.entry(key)
         old = None if before is None else before.json
         data, errors = updated(self.view, key, old, ops)
@@ -157,7 +157,7 @@ class Draft:
         return old, data, errors
 
     def delete(self, key: str) -> bytes | None:
-        """Remove a key, and return the JSON that it had."""
+        """Remove a key, and return the JSON of its value before."""
         before = self.entry(key)
         if before is None:
             return None
@@ -179,7 +179,7 @@ class Draft:
         return True
 
     def keys(self, within: Range) -> Iterator[str]:
-        """Yield the keys within a range, with those that the transaction has created, without those it has deleted."""
+        """Yield the keys within a range, including those that the transaction created, without those it deleted."""
         if not self.looked_around:
             self.looked_around = True
             self._found_before = len(self.found)
@@ -192,14 +192,14 @@ class Draft:
         return itertools.islice(heapq.merge(unchanged, created, reverse=within.reverse), within.limit)
 
     def effects(self, answer: A, max_bytes: int) -> Effects[A]:
-        """Return what the transaction changes. A key that was created and deleted again has not changed."""
+        """Return what the transaction changes. A key that was created and deleted again is not a change."""
         self.refuse_size(max_bytes)
         return (*self.changes(), *[NewDeadline(key, entry.expires_ms) for key, entry in self._touched()]), answer
 
     def changes(self) -> list[Change]:
-        """Return the changes. The keys that have expired go first: those of the transaction itself are consecutive."""
+        """Return the changes: first the expired keys, so that the numbers of the transaction's own are consecutive."""
         view, now, found = self.view, self._now, self.found
-        expiring = view.expiring  # now: in Redis a deadline is known once its key was read
+        expiring = view.expiring  # only now: in Redis, deadlines are known once their keys were read
         expired, changes = [], []
         for key in self._written:
             before, after = found[key], now[key]
@@ -223,7 +223,7 @@ class Draft:
             raise BatchTooLarge(self.view.scope, size, max_bytes, "bytes")
 
     def as_batch(self, max_bytes: int) -> Batch:
-        """Return the batch that does the same, if nothing has changed that the transaction has looked at."""
+        """Return the batch that makes the same changes if nothing that the transaction has read was changed since."""
         steps: list[Step] = []
         for key in self._written:
             entry = self._now[key]
@@ -238,20 +238,20 @@ class Draft:
         found = list(self.found.items())
         if_revision = None
         if self.looked_around:
-            # The revision of the scope, at the first listing, stands for all that was looked at after it.
+            # The check of the scope's revision covers everything that was read after the first listing.
             if_revision, found = self.view.revision, found[: self._found_before]
         checks = [Check(key, 0 if entry is None else entry.revision) for key, entry in found]
         return Batch(tuple(steps), tuple(checks), if_revision, max_bytes)
 
     def _touched(self) -> list[tuple[str, Entry]]:
-        """Return the keys that were given another deadline, and nothing else."""
+        """Return the keys that got another deadline and were not changed otherwise."""
         if len(self._now) == len(self._written):
             return []
         return [(key, entry) for key, entry in self._now.items() if entry is not None and key not in self._written]
 
 
 class Batch(Turn[BatchResult], frozen=True):
-    """Checks, then steps in order, each of which sees what those before it have done. All of it, or nothing."""
+    """Checks, then steps in order, each of which sees the effects of those before it. All is done, or nothing."""
 
     function_id = "state::transaction"
     writes = True
@@ -274,7 +274,7 @@ class Batch(Turn[BatchResult], frozen=True):
         return sum([len(step.data) for step in self.steps if type(step) is SetStep])
 
     def refuse_size(self, scope: str) -> None:
-        """Raise BatchTooLarge for too many keys or bytes: before the scope is claimed, and anything is sent."""
+        """Raise BatchTooLarge for too many keys or bytes: before the scope is claimed, and before anything is sent."""
         if len(self.steps) + len(self.checks) > MAX_KEYS and (count := len(self.keys)) > MAX_KEYS:
             raise BatchTooLarge(scope, count, MAX_KEYS, "keys")
         size = self.size()
@@ -331,11 +331,11 @@ class Batch(Turn[BatchResult], frozen=True):
         return results
 
     def _number(self, results: Sequence[StepResult], stored: Sequence[Stored], revision: int) -> None:
-        """Put into each result the revision that its key gets; `revision`: the one before them."""
+        """Put into each result the revision that its key gets. `revision`: that of the scope before the changes."""
         changes = [one for one in stored if type(one) is Change]
         given = {one.key: number for number, one in enumerate(changes, revision + 1) if not one.expired}
         for step, result in zip(self.steps, results, strict=True):
-            if isinstance(result, WriteResult):  # just made; it is known only now which keys have changed
+            if isinstance(result, WriteResult):  # just made: which keys have changed is known only now
                 msgspec.structs.force_setattr(result, "revision", given.get(step.key, 0))
 
     def call(self, scope: str) -> dict[str, Any]:
@@ -375,7 +375,7 @@ class Batch(Turn[BatchResult], frozen=True):
         return () if told.replayed else changes, answer
 
     def _refusal(self, told: _Committed) -> Conflict | UpdateRefused:
-        """Return why another engine has not committed. The caller adds the name of the scope."""
+        """Return the error of another engine that has not committed. The caller adds the name of the scope."""
         if told.errors:
             return UpdateRefused("", told.errors)
         sent = [*_on_the_wire(self.checks), (len(self.checks), self.if_revision)]
@@ -404,15 +404,15 @@ DELIVERY: Final = "_delivery"
 
 
 class DeliveryBatch(Batch, frozen=True):
-    """A batch that acknowledges a delivery: what it changes is saved together with that."""
+    """A batch that acknowledges a delivery: its changes and the acknowledgement are saved together."""
 
     acks: tuple[Any, ...] = ()
-    """What the backend needs to acknowledge the delivery. In a store: number of the consumer, and position. In another
+    """What the backend needs to acknowledge the delivery. For a store: number of the consumer, position. For another
     engine: consumer, holder, position, serial (`ops/handed.py`)."""
     fence: dict[str, str] = msgspec.field(default_factory=dict)
-    """Decides between this turn and the end of the attempt that asked for it: what sets `won` first, "turn" or "end".
+    """Decides between this turn and the end of the attempt that asked for it: the first sets `won`, to "turn" or "end".
 
-    The turn also sets `changed` if it has changed something: its acknowledgement is saved with that, and not otherwise.
+    The turn also sets `changed` if it has changes: only then is the acknowledgement saved together with them.
     """
 
     @property
@@ -430,7 +430,7 @@ class _Result(msgspec.Struct):
     touched: bool = False
     revision: int = 0
     existed: bool = False
-    """Whether the key existed before: a null in `old_value` was stored then."""
+    """Whether the key existed before. If it did, a null in `old_value` was a stored null."""
 
 
 class _Committed(msgspec.Struct):
@@ -455,7 +455,7 @@ _decode_committed: Final = msgspec.json.Decoder(_Committed).decode
 
 
 def _on_the_wire(checks: Sequence[Check]) -> list[tuple[int, int | None]]:
-    """Return for each check on the wire its place here, and the revision that it expects."""
+    """Return, for each check on the wire, its index in `checks` and the revision that it expects."""
     sent: list[tuple[int, int | None]] = []
     for index, check in enumerate(checks):
         if check.revision is not None:
@@ -466,7 +466,7 @@ def _on_the_wire(checks: Sequence[Check]) -> list[tuple[int, int | None]]:
 
 
 def _fields_of_check(check: Check) -> list[dict[str, Any]]:
-    """Return a check as the wire has it: one for the revision, one for the value."""
+    """Return a check as it is sent: one check for the revision, one for the value."""
     fields: list[dict[str, Any]] = []
     if check.revision is not None:
         fields.append({"key": check.key, **({"revision": check.revision} if check.revision else {"absent": True})})
@@ -490,8 +490,8 @@ def _fields_of_step(step: Step) -> dict[str, Any]:
 class SetAll(Turn[BatchResult], frozen=True):
     """Set several keys, without conditions and deadlines: all of them, or none.
 
-    The most frequent batch, and the only form that can be decided and stored without an object for each key. With steps
-    and a draft it would take three times as long. The tests check that both ways give the same result.
+    This is the most frequent batch, and the only one that can be decided and stored without an object for each key. As
+    steps, with a draft, it would take three times as long. Tests check that both ways give the same result.
     """
 
     function_id = "state::transaction"
@@ -510,7 +510,7 @@ class SetAll(Turn[BatchResult], frozen=True):
         return self.sets
 
     def refuse_size(self, scope: str) -> None:
-        """Raise BatchTooLarge for too many keys or bytes: before the scope is claimed, and anything is sent."""
+        """Raise BatchTooLarge for too many keys or bytes: before the scope is claimed, and before anything is sent."""
         if len(self.sets) > MAX_KEYS:
             raise BatchTooLarge(scope, len(self.sets), MAX_KEYS, "keys")
         size = sum(map(len, self.sets.values()))
@@ -521,7 +521,7 @@ class SetAll(Turn[BatchResult], frozen=True):
         return sum(map(len, self.sets.values()))
 
     def as_batch(self) -> Batch:
-        """Return the same as steps."""
+        """Return the same batch as steps."""
         steps = tuple([SetStep(key, data) for key, data in self.sets.items()])
         return Batch(steps, max_bytes=self.max_bytes)
 
@@ -542,7 +542,7 @@ class SetAll(Turn[BatchResult], frozen=True):
                 refuse_size(view.scope, key, data, limit)
 
     def result(self, before: list[bytes | None], revision: int) -> BatchResult:
-        """Return the result, if the keys had these values before and the last change has this revision."""
+        """Return the result. `before`: the values that the keys had. `revision`: that of the last change."""
         results = SetResults(before, list(self.sets.values()), revision)
         return BatchResult(results, revision=revision, detailed=True)  # type: ignore[arg-type]  # it is registered as one
 
@@ -569,9 +569,9 @@ prepare(*_RESULTS.values())
 
 
 class Transaction(Generic[T]):
-    """What the function of `transact` reads and writes as if it were alone. It reads its own writes.
+    """What the function of `transact` reads and writes, as if no other writer existed. It reads its own writes.
 
-    It can be used like a dict, too, and only until the function returns.
+    It can also be used like a dict. It can be used only until the function returns.
     """
 
     def __init__(self, draft: Draft) -> None:
@@ -670,7 +670,7 @@ class Transaction(Generic[T]):
 
 
 class Transact(Turn[A], frozen=True):
-    """Run a function over a transaction. The answer is what it returns; what it raises aborts everything.
+    """Call a function with a transaction. Its result is the answer; an exception aborts the transaction.
 
     If another write comes in between, the function is called again, so it must have no other effects.
     """
@@ -695,7 +695,7 @@ class Transact(Turn[A], frozen=True):
         return draft.effects(self.run(draft), self.max_bytes)
 
     def run(self, draft: Draft) -> A:
-        """Call the function. Raises what it raises, and DeserializationError if it would have to be awaited."""
+        """Call the function. Raises what it raises, and DeserializationError if its result must be awaited."""
         transaction = Transaction(draft)
         try:
             answer: A = self.runner("transact", draft.view.scope, self.function, transaction)

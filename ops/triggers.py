@@ -1,4 +1,4 @@
-"""What a trigger is: its filters, how its events are shaped and delivered, and how all of that is read and checked."""
+"""What a trigger is: its filters, the shape and delivery of its events; and how its options are read and checked."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from scopestate.ops.values import class_name, decode, encode, json_type
 from scopestate.ops.writes import same_json
 
 Order = Literal["scope", "key", "none", "trigger"]
-"""Which events of one trigger wait for one another: those of a scope, of a key, none, or all."""
+"""Which events of one trigger are handled one after the other: those of a scope, those of a key, none, or all."""
 EventNames = tuple[EventName, ...] | list[EventName] | set[EventName] | frozenset[EventName]
 Seconds = float | timedelta
 
@@ -25,13 +25,13 @@ KINDS: Final[tuple[EventName, ...]] = get_args(EventName)
 MAX_CONCURRENCY: Final = 10_000
 MAX_BATCH: Final = 10_000
 MAX_SECONDS: Final = 31_536_000.0
-"""One year: longer than any wait that can be intended."""
+"""One year: a longer wait must be a mistake."""
 MAX_METADATA: Final = 65_536
 """Bytes of JSON."""
 MAX_NAME: Final = 255
 MAX_FIELDS: Final = 1000
 DEBOUNCE_MAX: Final = 10.0
-"""`debounce_max` if it is left out: this many times `debounce`."""
+"""The default of `debounce_max` is this many times `debounce`."""
 
 
 class TriggerOptions(TypedDict, total=False):
@@ -42,7 +42,7 @@ class TriggerOptions(TypedDict, total=False):
     scope_prefix: str | None
     """Scopes whose name begins with this; not together with `scope`."""
     only_if_changed: bool
-    """True: not for a write that leaves the same JSON value. 1 and 1.0 differ, the order of fields does not matter."""
+    """True: not for a write that leaves the same JSON value. 1 and 1.0 differ; the order of fields does not matter."""
     fields: tuple[str, ...] | list[str] | None
     """Only if one of these top-level fields of the value was changed, added or removed. A value that is not an object
     has no fields; nor has a key that does not exist."""
@@ -50,10 +50,10 @@ class TriggerOptions(TypedDict, total=False):
     """Which events are handled one after the other: those of the same "scope", of the same "key", all of the "trigger",
     or "none". Left out: "scope", "key" for a durable trigger, "trigger" for batches."""
     concurrency: int | None
-    """How many events, or batches, are handled at the same time at most. Left out: 8."""
+    """The most events, or batches, that are handled at the same time. Left out: 8."""
     durable: str | None
-    """The name of a consumer in the store: it gets each event, even if the process is killed. Left out: events are in
-    memory."""
+    """The name of a consumer in the store, which gets each event even if the process is killed. Left out: events are
+    kept in memory only."""
     retry: Retry | Mapping[str, Any] | None
     """When a failed delivery is tried again; for durable triggers. Left out: `Retry()`."""
     ack_wait: Seconds | None
@@ -64,7 +64,7 @@ class TriggerOptions(TypedDict, total=False):
     """After the last attempt: "skip" continues with the next event, "block" holds back those of the same `order` until
     the dead letter is replayed or purged. Left out: "skip"."""
     max_dead: int | None
-    """How many dead letters are kept; with one more the consumer pauses. Left out: 100,000."""
+    """How many dead letters are kept. If there is one more, the consumer pauses. Left out: 100,000."""
     debounce: Seconds | None
     """Wait until a key has not changed for this long, then deliver only its newest event."""
     debounce_max: Seconds | None
@@ -103,7 +103,7 @@ class Trigger(msgspec.Struct, frozen=True):
         "batch_wait",
         "metadata",
     )
-    """What a registration's `config` object has; the first three are the reference's."""
+    """The fields of a registration's `config` object. The first three are the reference's."""
 
     trigger_id: str
     function_id: str
@@ -132,7 +132,7 @@ class Trigger(msgspec.Struct, frozen=True):
         tuple[str, ...] | None,
         msgspec.Meta(description="Only if one of these top-level fields of the value was changed, added or removed"),
     ] = None
-    """None: whatever has changed."""
+    """None: a change of any field is wanted."""
     order: Annotated[Order, msgspec.Meta(description="Which events are handled one after the other")] = "scope"
     concurrency: Annotated[
         int, msgspec.Meta(description="How many events, or batches, are handled side by side at most")
@@ -178,11 +178,11 @@ class Trigger(msgspec.Struct, frozen=True):
         dict[str, Any] | None,
         msgspec.Meta(description="An object that is passed to the function with the event", extra=OPTIONAL),
     ]:
-        """What the handler finds in `event.metadata`, a new copy at each reading."""
+        """The value of `event.metadata` for the handler, a new copy at each reading."""
         return None if self.metadata_json is None else cast("dict[str, Any]", decode(self.metadata_json))
 
     def options(self) -> dict[str, Any]:
-        """Return what differs from a trigger for everything, as JSON values, under the names of the options."""
+        """Return the options that differ from those of a trigger for all events, by name, as JSON values."""
         plain = Trigger(self.trigger_id, self.function_id)
         found = {name: getattr(self, name) for name in self.json_fields if getattr(self, name) != getattr(plain, name)}
         if self.retry is not None:
@@ -190,7 +190,7 @@ class Trigger(msgspec.Struct, frozen=True):
         return found
 
     def matches(self, event: StateEvent) -> bool:
-        """Return whether this trigger wants an event. Its condition is another matter."""
+        """Return whether the filters of this trigger match an event. The condition is not called."""
         return self.covers(event.scope, event.key) and self.wants(event.event_type) and self.differs(event)
 
     def covers(self, scope: str, key: str) -> bool:
@@ -212,7 +212,7 @@ class Trigger(msgspec.Struct, frozen=True):
         return self.only_if_changed or self.fields is not None
 
     def differs(self, event: StateEvent) -> bool:
-        """Return whether the value differs as `only_if_changed` and `fields` ask. Decodes values only for that."""
+        """Return whether the value differs as `only_if_changed` and `fields` require. Decodes values only if needed."""
         if self.fields is not None:
             return fields_differ(event.old_json, event.new_json, self.fields)
         return not (self.only_if_changed and same_json(event.old_json, event.new_json))
@@ -240,15 +240,15 @@ def _fields_of(value: bytes | None) -> dict[str, bytes]:
 
 
 class Misfit(ValueError):
-    """What is wrong with an option; the text follows its name: "`order` ..."."""
+    """A mistake in an option. The text continues a sentence that begins with the option's name: "`order` ..."."""
 
 
 def read_options(given: Mapping[str, object]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    """Read the options of a trigger, `scope`, `key`, `condition_function_id` and `events` among them.
+    """Read the options of a trigger, including `scope`, `key`, `condition_function_id` and `events`.
 
-    Returns the fields of `Trigger` that were given, and the mistakes: each with the option, and a sentence that names
-    it. None means "left out". The fields count only if there is no mistake. This is the one place that checks,
-    whether a program, a file or a worker gives them.
+    Returns the fields of `Trigger` that were given, and the mistakes: for each, the option, and a sentence that names
+    it. None means "left out". Use the fields only if there is no mistake. All options are checked here and nowhere
+    else, whether they come from a program, a file or a worker.
     """
     fields: dict[str, Any] = {}
     mistakes: list[tuple[str, str]] = []
@@ -270,7 +270,7 @@ def read_options(given: Mapping[str, object]) -> tuple[dict[str, Any], list[tupl
 
 
 def _contradictions(fields: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return what is wrong with the options in combination."""
+    """Return the mistakes in the combination of options."""
     wrong: list[tuple[str, str]] = []
     for exact, prefix in (("scope", "scope_prefix"), ("key", "prefix")):
         if exact in fields and prefix in fields:
@@ -298,7 +298,7 @@ def _contradictions(fields: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _settle(fields: dict[str, Any]) -> None:
-    """Fill in what follows from other options."""
+    """Fill in the options that follow from others."""
     if "order" not in fields:
         fields["order"] = "trigger" if "batch" in fields else "key" if "durable" in fields else "scope"
     if fields["order"] == "trigger":
@@ -326,7 +326,7 @@ def _name(value: object) -> str:
 
 
 def _events(events: object) -> tuple[EventName, ...]:
-    """Return the kinds of events that a trigger names, in one order."""
+    """Return the kinds of events that a trigger names, in a fixed order."""
     if not isinstance(events, (list, tuple, set, frozenset)):
         raise Misfit(f"is a list of kinds or null, not {json_type(events)}")
     names = [str.__str__(name) if issubclass(type(name), str) else None for name in events]
@@ -402,7 +402,7 @@ def _metadata(value: object) -> bytes:
     except DeserializationError as error:
         raise Misfit(f"is not JSON: {error}") from error
     except Exception as error:
-        # A mapping of a class of the program, whose methods raise.
+        # The program may pass a mapping of its own class, whose methods raise.
         raise Misfit(f"cannot be read: {class_name(error)}") from error
     if len(text) > MAX_METADATA:
         raise Misfit(f"has {len(text):,} bytes of JSON; at most {MAX_METADATA:,} are kept")

@@ -1,8 +1,8 @@
 """The operations on a scope: one struct for each, which decides what the operation does.
 
 Pure: no threads, no clock, no I/O. A turn says which keys it touches, whether it writes, and how its failure is worded.
-Given a view of the scope it decides what changes and what the answer is. How changes are stored is up to the backend,
-so a new operation needs no line in any of them (docs/design/0032-layers-and-ports.md).
+Given a view of the scope, it decides the changes and the answer. How changes are stored is up to the backend, so a new
+operation needs no code in any backend (docs/design/0032-layers-and-ports.md).
 
 Two rules hold for every write. A key whose deadline has passed does not exist, and is removed by a change of its own
 before the key is written again. Each change takes the next revision of its scope.
@@ -43,7 +43,7 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
     json: bytes
     """The value as JSON."""
     revision: int
-    """The number of the change of its scope that made it."""
+    """The number of the change that stored it, within its scope."""
     expires_ms: int | None = None
     """When it expires, in milliseconds since the epoch; None: never."""
 
@@ -54,11 +54,11 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
 
 
 class TtlRule(msgspec.Struct, frozen=True):
-    """The deadline that a scope gives to a key which is written without one."""
+    """The deadline that a scope gives to keys that are written without one."""
 
     ttl_ms: int
     from_creation: bool = False
-    """True: it counts from the creation of the key, and later writes keep it. False: it counts from the last write."""
+    """True: the time counts from the creation of the key. False: it counts from the last write."""
 
 
 class Kept(msgspec.Struct, frozen=True):
@@ -67,7 +67,7 @@ class Kept(msgspec.Struct, frozen=True):
     fingerprint: bytes
     """A digest of what the write asked for."""
     answer: bytes
-    """What `Turn.pack` made of its answer."""
+    """The answer, as `Turn.pack` encoded it."""
 
 
 class Range(msgspec.Struct, frozen=True):
@@ -80,11 +80,11 @@ class Range(msgspec.Struct, frozen=True):
     start: str | None = None
     """The first key; included."""
     after: str | None = None
-    """Keys come after this one."""
+    """Only keys after this one; not included."""
     end: str | None = None
-    """Keys come before this one."""
+    """Only keys before this one; not included."""
     reverse: bool = False
-    """The largest key first."""
+    """True: the largest key first."""
     limit: int | None = None
     """At most this many keys; None: all of them."""
 
@@ -115,17 +115,17 @@ class Range(msgspec.Struct, frozen=True):
 
 
 def end_of_prefix(prefix: str) -> str | None:
-    """Return the smallest text that is larger than every text with this prefix; None if there is none."""
+    """Return the smallest text that is larger than every text with this prefix; None if there is no such text."""
     kept = prefix.rstrip(_LAST_CHARACTER)
     if not kept:
         return None
     after = ord(kept[-1]) + 1
-    # Half of a surrogate pair is not a character: a store could not compare with it.
+    # Half of a surrogate pair is not a character, so a store could not compare keys with it.
     return kept[:-1] + chr(0xE000 if after == 0xD800 else after)
 
 
 class Bounds(Protocol):
-    """The limits that turns keep to."""
+    """The limits that turns respect."""
 
     max_value_bytes: int
     """Largest value in bytes of JSON; 0: no limit."""
@@ -134,8 +134,8 @@ class Bounds(Protocol):
 class View(Protocol):
     """What a turn sees of its scope, as it is before the turn.
 
-    A key whose deadline has passed does not exist, whether or not it has been removed already: only `lapsed` and `due`
-    show it.
+    A key whose deadline has passed does not exist, whether or not it was removed yet. Only `lapsed` and `due` show such
+    keys.
     """
 
     @property
@@ -144,11 +144,11 @@ class View(Protocol):
 
     @property
     def store_id(self) -> str:
-        """The id of the place where the scope is kept, as cursors of pages name it."""
+        """The id of the place where the scope is kept. Cursors of pages contain it."""
 
     @property
     def limits(self) -> Bounds:
-        """The limits that the engine has now."""
+        """The current limits of the engine."""
 
     @property
     def revision(self) -> int:
@@ -164,7 +164,7 @@ class View(Protocol):
 
     @property
     def plain(self) -> bool:
-        """True if nothing but the values matters to a plain write: neither `expiring` nor `strict`."""
+        """True if a plain write depends on nothing but the values: neither `expiring` nor `strict` is true."""
 
     @property
     def expiring(self) -> bool:
@@ -172,7 +172,7 @@ class View(Protocol):
 
     @property
     def ttl_rule(self) -> TtlRule | None:
-        """The deadline that keys get which are written without one."""
+        """The deadline of keys that are written without one."""
 
     def get(self, key: str) -> bytes | None:
         """Return the JSON of a key, or None if it does not exist."""
@@ -181,7 +181,7 @@ class View(Protocol):
         """Return what is stored under a key, or None if it does not exist."""
 
     def lapsed(self, key: str) -> Entry | None:
-        """Return the entry of a key whose deadline has passed, and which is still to be removed."""
+        """Return the entry of a key whose deadline has passed but which was not removed yet; None for other keys."""
 
     def values(self) -> list[bytes]:
         """Return the JSON of all keys, in the order of the backend."""
@@ -196,7 +196,7 @@ class View(Protocol):
         """Return how many keys `keys` would yield."""
 
     def due(self, limit: int) -> Sequence[str]:
-        """Return the keys that `lapsed` has an entry for, by deadline, then by key; at most `limit`."""
+        """Return the keys for which `lapsed` has an entry, by deadline, then by key; at most `limit`."""
 
     def kept(self, idempotency_key: str) -> Kept | None:
         """Return the answer that is kept under an idempotency key."""
@@ -239,9 +239,9 @@ class PlainView:
 
 
 class Change(msgspec.Struct, frozen=True, gc=False):
-    """One key that a turn writes. None: the key does not exist before, or after.
+    """One key that a turn writes. `before` and `after` are None if the key does not exist then.
 
-    Each change takes a number and fires an event. So does a change from None to None, which reports the delete of a
+    Each change takes a number and fires an event, even a change from None to None, which reports the delete of a
     missing key. A turn that writes nothing returns no change.
     """
 
@@ -249,20 +249,20 @@ class Change(msgspec.Struct, frozen=True, gc=False):
     before: bytes | None
     after: bytes | None
     expires_ms: int | None = None
-    """When `after` expires; of a key that is removed because it has expired, its deadline."""
+    """When `after` expires. If `expired`: the deadline that has passed."""
     expired: bool = False
     """True if the key is removed because its deadline has passed."""
 
 
 class NewDeadline(msgspec.Struct, frozen=True, gc=False):
-    """A key that gets another deadline, or none, and is not written otherwise: no event, no revision."""
+    """A key that gets another deadline, or none, and no other change: it takes no revision and fires no event."""
 
     key: str
     expires_ms: int | None
 
 
 class Keep(msgspec.Struct, frozen=True, gc=False):
-    """An answer that is to be kept for its idempotency key."""
+    """An answer to keep for its idempotency key."""
 
     idempotency_key: str
     kept: Kept
@@ -271,7 +271,7 @@ class Keep(msgspec.Struct, frozen=True, gc=False):
 Stored = Change | NewDeadline | Keep
 
 Effects = tuple[tuple[Stored, ...], A]
-"""What a turn has decided: what is to be stored in one step, or not at all, and its answer. Changes come first."""
+"""What a turn has decided: the things to store, in one step or not at all, changes first; and its answer."""
 
 
 class Turn(msgspec.Struct, Generic[A], frozen=True, gc=False):
@@ -290,18 +290,18 @@ class Turn(msgspec.Struct, Generic[A], frozen=True, gc=False):
         raise NotImplementedError
 
     def decide(self, view: View) -> Effects[A]:
-        """Return what the turn changes and answers. Raises ScopestateError; then it changes nothing."""
+        """Return the changes and the answer of the turn. If it raises ScopestateError, nothing is changed."""
         raise NotImplementedError
 
     def call(self, scope: str) -> dict[str, Any]:
-        """Return the input of `function_id` with which another engine does this turn.
+        """Return the input of `function_id` that makes another engine do this turn.
 
         Fields that begin with `_` ask scopestate for more in the result; other engines ignore them.
         """
         raise NotImplementedError
 
     def effects_of(self, result: bytes | None) -> Effects[A]:
-        """Return what another engine has changed and answered: `result` is the result of that call, None for no value.
+        """Return the changes and the answer of another engine. `result`: the result of that call; None: no value.
 
         Raises DecodeError or DeserializationError for a result of another shape.
         """
@@ -309,15 +309,18 @@ class Turn(msgspec.Struct, Generic[A], frozen=True, gc=False):
 
     @property
     def kind(self) -> str:
-        """What a repetition must share with the first call, beside `content`. All turns of one call have the same."""
+        """What a repetition must have in common with the first call, besides `content`.
+
+        All turns that can do the same call have the same kind.
+        """
         return type(self).__name__
 
     def content(self) -> Any:
-        """Return what the turn asks for, as data that msgpack can hold. A repetition must have the same."""
+        """Return what the turn asks for, as data that msgpack can encode. A repetition must have the same content."""
         return self
 
     def pack(self, answer: A) -> bytes:
-        """Return the answer as bytes, to be kept for a repetition of this turn."""
+        """Return the answer as bytes, to keep for a repetition of this turn."""
         return msgspec.msgpack.encode(answer)
 
     def unpack(self, kept: bytes) -> A:
@@ -329,7 +332,7 @@ class Turn(msgspec.Struct, Generic[A], frozen=True, gc=False):
         return 0
 
     def failed(self, error: Exception) -> StorageError:
-        """Return the failure of this operation because of `error`, with its code and wording."""
+        """Return the error that reports the failure of this operation because of `error`, with its code and wording."""
         return StorageError(f"{self.failure.words}: {error}", code=self.failure.code)
 
 
@@ -491,7 +494,7 @@ class _Written(msgspec.Struct):
     errors: tuple[OpError, ...] = ()
     revision: int = 0
     existed: bool | None = None
-    """Whether the key existed before. Only a scopestate engine says so; else a stored null looks like a missing key."""
+    """Whether the key existed before. Only scopestate says so; from others, a stored null looks like a missing key."""
 
     def before(self) -> bytes | None:
         """Return the old value; None if the key did not exist."""
@@ -518,7 +521,7 @@ def _size_of(value: object) -> int:
 def changes_of(
     view: View, key: str, before: Entry | None, after: bytes | None, expires_ms: int | None = None
 ) -> tuple[Change, ...]:
-    """Return the changes that write a key: before it, the expiry of what was stored there until its deadline."""
+    """Return the changes that write a key. If an expired entry is still stored there, its removal comes first."""
     change = Change(key, None if before is None else before.json, after, expires_ms)
     if before is None and view.expiring and (lapsed := view.lapsed(key)) is not None:
         return expiry_of(key, lapsed), change
@@ -526,7 +529,7 @@ def changes_of(
 
 
 def changes_in(stored: Sequence[Stored]) -> tuple[Change, ...]:
-    """Return the changes among what a turn has decided."""
+    """Return the changes among the things that a turn stores."""
     return tuple([one for one in stored if type(one) is Change])
 
 
@@ -536,12 +539,12 @@ def expiry_of(key: str, lapsed: Entry) -> Change:
 
 
 class Deadline(msgspec.Struct, frozen=True, gc=False):
-    """What a write asks for about the deadline of its key. Without a field: clear it, or what the scope's rule says."""
+    """The deadline that a write asks for. With no field set, the scope's rule applies: see `deadline_of`."""
 
     ttl_ms: int | None = None
     expires_ms: int | None = None
     keep: bool = False
-    """Leave it as it is."""
+    """True: the deadline stays as it is."""
 
 
 KEEP_DEADLINE: Final = Deadline(keep=True)
@@ -549,7 +552,10 @@ NO_DEADLINE: Final = Deadline()
 
 
 def deadline_of(view: View, before: Entry | None, asked: Deadline, *, update: bool = False) -> int | None:
-    """Return when what is written now expires. An update keeps the deadline, where it is not asked for another."""
+    """Return when a value that is written now expires. If no deadline is asked for, the scope's rule decides.
+
+    Without a rule, an update keeps the deadline of the key, and any other write clears it.
+    """
     if asked.ttl_ms is not None:
         return min(view.now_ms + asked.ttl_ms, LAST_MS)
     if asked.expires_ms is not None:
@@ -563,7 +569,7 @@ def deadline_of(view: View, before: Entry | None, asked: Deadline, *, update: bo
 def set_key(
     view: View, key: str, before: Entry | None, data: bytes, asked: Deadline, *, detailed: bool = False
 ) -> Effects[SetResult]:
-    """Decide a `set` with everything that may matter: deadlines, and what has expired but is still stored."""
+    """Decide a `set` in the general case, with deadlines and with expired entries that are still stored."""
     changes = changes_of(view, key, before, data, deadline_of(view, before, asked))
     old = None if before is None else before.json
     return changes, SetResult(old, data, revision=view.revision + len(changes), detailed=detailed)
@@ -579,7 +585,7 @@ def update_key(
     atomic: bool,
     detailed: bool = False,
 ) -> Effects[UpdateResult]:
-    """Decide an `update` with everything that may matter. Raises UpdateRefused if it is atomic and an op is refused."""
+    """Decide an `update` in the general case. Raises UpdateRefused if it is atomic and an op is refused."""
     old = None if before is None else before.json
     data, errors = updated(view, key, old, ops)
     if errors and atomic:
@@ -589,12 +595,12 @@ def update_key(
 
 
 def refused(errors: Iterable[OpError], index: int = 0) -> tuple[RefusedOp, ...]:
-    """Return the errors of an update, with its place in a transaction."""
+    """Return the errors of an update. `index`: the place of the update in its transaction."""
     return tuple([RefusedOp(error.op_index, error.code, error.message, error.doc_url, index) for error in errors])
 
 
 def updated(view: View, key: str, before: bytes | None, ops: tuple[UpdateOp, ...]) -> tuple[bytes, tuple[OpError, ...]]:
-    """Return the JSON that the ops make of `before`, and the errors of those that were refused."""
+    """Return the JSON after the ops were applied to `before`, and the errors of the ops that were refused."""
     value, errors = apply(MISSING if before is None else decode(before), ops)
     data = encode_plain(value)
     refuse_size(view.scope, key, data, view.limits.max_value_bytes)
@@ -644,5 +650,5 @@ def no_message(found: object) -> DeserializationError:
 
 
 def view_of(key: str, found: Entry | None) -> EntryView | None:
-    """Return an entry as callers see it."""
+    """Return an entry in the form that callers get."""
     return None if found is None else EntryView(key, found.json, found.revision, found.expires_ms)

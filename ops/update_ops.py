@@ -1,4 +1,4 @@
-"""The six update ops, and reading them from JSON and from Python.
+"""The six update ops, and how they are read from JSON and from Python.
 
 Ops are frozen structs with the tag `type`, the same in Python, on the wire and in files. Reading them checks only their
 shape (docs/reference/semantics.md 3, "Op shape rules"); `apply` decides whether an op fits the value.
@@ -17,7 +17,7 @@ from scopestate.ops.plain import Plain
 from scopestate.ops.values import json_type
 
 MAX_OPS: Final = 10_000
-"""Ops of one update. They run in one turn, during which no other call on the scope is served."""
+"""The most ops of one update. They run in one turn, during which no other call on the scope is served."""
 I64_MIN: Final = -(2**63)
 I64_MAX: Final = 2**63 - 1
 
@@ -143,12 +143,12 @@ class OpError(Plain, msgspec.Struct, frozen=True, omit_defaults=True):
     message: Annotated[
         str, msgspec.Meta(description="Human-readable description with concrete numbers when applicable.")
     ]
-    """For people: the place, what was found, and for a limit both numbers. The wording may change."""
+    """Text for people: the place, what was found, and for a limit both numbers. The wording may change."""
     doc_url: Annotated[str | None, msgspec.Meta(description="Optional documentation URL for this error class.")] = None
     """A page about the code; left out of the JSON if it is None."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as the JSON of an `update` has it."""
+        """Return the error in the form that it has in the JSON of an `update`."""
         made: dict[str, Any] = msgspec.to_builtins(self)
         return made
 
@@ -157,7 +157,7 @@ class RefusedOp(OpError, frozen=True, omit_defaults=True):
     """Why a write that is all or nothing was refused."""
 
     index: int = 0
-    """Place of the update in its transaction, from 0; 0 for an update of its own."""
+    """Place of the update in its transaction, from 0; 0 for an update outside of a transaction."""
 
 
 _KINDS: Final = (Set, Merge, Increment, Decrement, Append, Remove)
@@ -182,7 +182,7 @@ def checked(ops: Iterable[object]) -> tuple[UpdateOp, ...]:
     """Check ops from Python code: structs, dicts with the same fields, or both.
 
     The values of the result are plain JSON data (`values.encode`) and share nothing mutable with the caller's. Raises
-    DeserializationError for a wrong field, InvalidValue for a value that JSON cannot hold; both have the place.
+    DeserializationError for a wrong field, InvalidValue for a value that JSON cannot hold; both name the place.
     """
     found: list[UpdateOp] = []
     try:
@@ -213,7 +213,7 @@ def _convert(item: object, where: str, plain: Callable[[object, str], object]) -
         raise _misfit(f"invalid type: {json_type(item)}, expected an op: an object with a `type`", where)
     word = item.get("type", _ABSENT)
     if type(word) is not str and issubclass(type(word), str):
-        word = str.__str__(cast(str, word))  # of a subclass, its text
+        word = str.__str__(cast(str, word))  # the plain string that a subclass holds
     match word:
         case "set":
             return Set(_path(item, where), plain(item.get("value"), f"{where}.value"))
@@ -269,14 +269,14 @@ def _by(item: Mapping[str, object], where: str) -> int:
     if kind is bool or not issubclass(kind, int):
         found = "floating point number" if issubclass(kind, float) else json_type(by)
         raise _misfit(f"invalid type: {found}, expected a whole number within 64 bits", f"{where}.by")
-    number = int.__int__(cast(int, by))  # of a subclass, what it holds
+    number = int.__int__(cast(int, by))  # the plain integer that a subclass holds
     if not I64_MIN <= number <= I64_MAX:
         raise _misfit(f"invalid value: expected a whole number from {I64_MIN} to {I64_MAX}", f"{where}.by")
     return number
 
 
 def _as_is(value: object, where: str) -> object:
-    """For data that was decoded from JSON: there is nothing to check or copy."""
+    """Return the value itself. For data that was decoded from JSON: there is nothing to check or copy."""
     return value
 
 

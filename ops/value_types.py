@@ -1,8 +1,8 @@
-"""Values of a Python type: encoded from it, decoded into it, and checked against it.
+"""Values of a Python type: encodes them as JSON, decodes JSON into them, and checks JSON against the type.
 
 Every type that msgspec converts works: structs, dataclasses, TypedDicts, attrs classes, unions, containers, dates.
-A pydantic model, and what is made of pydantic models, is converted by pydantic. In both cases the value in the scope is
-plain JSON, with the rules of `values`.
+Pydantic models, and types that contain them, are converted by pydantic. In both cases the value in the scope is plain
+JSON, with the rules of `values`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class ValueType(ABC, Generic[T]):
 
     def __init__(self, name: str) -> None:
         self.name: Final = name
-        """The type as a message names it."""
+        """The name of the type in messages."""
 
     @abstractmethod
     def encode(self, value: T) -> bytes:
@@ -56,18 +56,18 @@ class ValueType(ABC, Generic[T]):
 
     @abstractmethod
     def decode(self, json: bytes) -> T:
-        """Return a fresh value of the type. Raises Misfit."""
+        """Return a new value of the type. Raises Misfit."""
 
     @abstractmethod
     def json_schema(self) -> dict[str, Any]:
-        """Return the JSON schema of the values, in the dialect of 2020-12."""
+        """Return the JSON schema of the values, in dialect 2020-12."""
 
     def check(self, json: bytes) -> None:
         """Raise Misfit if JSON does not fit the type."""
         self.decode(json)
 
     def refuse(self, scope: str, key: str, misfit: Misfit, *, written: bool) -> SchemaViolation:
-        """Return the error for a value of this key that does not fit."""
+        """Return the error for a value of `key` that does not fit. `written`: it was to be written, not read."""
         violation = SchemaViolation(scope, key, misfit.path, misfit.reason, self.name, written)
         violation.__cause__ = misfit.__cause__
         return violation
@@ -80,7 +80,7 @@ def value_type(kind: Any) -> ValueType[Any]:
     """Return the converter of a type. Raises DeserializationError for a type that neither library knows."""
     try:
         return _kept(kind)
-    except TypeError:  # not hashable, as an Annotated type with a dict
+    except TypeError:  # not hashable, such as an Annotated type with a dict
         return _exclusive.run(_make, kind)
 
 
@@ -90,7 +90,7 @@ def _kept(kind: Any) -> ValueType[Any]:
 
 
 _exclusive: Final = Guard()
-"""msgspec must not look at the fields of one class on two threads at once (`values.prepare`)."""
+"""msgspec must not inspect the fields of one class on two threads at once (`values.prepare`)."""
 
 
 def _make(kind: Any) -> ValueType[Any]:
@@ -126,7 +126,7 @@ class _MsgspecType(ValueType[T]):
     def encode(self, value: T) -> bytes:
         try:
             data = _encode(value)
-            # msgspec writes NaN as null, and any depth: then the exact way, which takes twice as long.
+            # msgspec writes NaN as null and accepts any depth. In doubt, use the exact way, which takes twice as long.
             if b"null" in data or data.count(b"[") + data.count(b"{") > MAX_LEVELS:
                 data = encode(msgspec.to_builtins(value, str_keys=True))
         except InvalidValue:
@@ -148,7 +148,7 @@ class _MsgspecType(ValueType[T]):
 
 
 def _misfit_of(error: Exception) -> Misfit:
-    """Return what msgspec, or code of the type that it calls, has refused."""
+    """Return the Misfit for an error of msgspec, or of code of the type that msgspec calls."""
     text = str(error)
     if isinstance(error, msgspec.ValidationError):
         reason, found, path = text.rpartition(" - at `")
@@ -160,7 +160,7 @@ def _misfit_of(error: Exception) -> Misfit:
 
 
 def _has_model(kind: Any) -> bool:
-    """True if a type is a pydantic model, or made of one. pydantic is not imported for types that cannot be."""
+    """True if a type is a pydantic model or contains one. It cannot be or do so before pydantic was imported."""
     pydantic = sys.modules.get("pydantic")
     if pydantic is None:
         return False
@@ -170,11 +170,11 @@ def _has_model(kind: Any) -> bool:
 
 
 class _PydanticType(ValueType[T]):
-    """A type that pydantic knows. Fields have the names of their aliases in the JSON."""
+    """A type that pydantic knows. In the JSON, fields are named by their aliases."""
 
     def __init__(self, kind: Any, name: str) -> None:
         super().__init__(name)
-        from pydantic import TypeAdapter, ValidationError  # noqa: PLC0415 - only with types of it
+        from pydantic import TypeAdapter, ValidationError  # noqa: PLC0415 - only for its types
 
         try:
             self._adapter: Any = TypeAdapter(kind)
@@ -185,7 +185,7 @@ class _PydanticType(ValueType[T]):
     def encode(self, value: T) -> bytes:
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of wrong values, which `check` refuses
+                warnings.simplefilter("ignore")  # warnings about wrong values, which `check` refuses
                 text = self._adapter.dump_json(value, by_alias=True)
             data = parse(text)
         except DeserializationError as error:

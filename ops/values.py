@@ -32,7 +32,7 @@ MAX_LEVELS: Final = 128
 """Deepest nesting of arrays and objects; a scalar is 0 levels, `[]` is 1."""
 
 _READINGS: Final = 100
-"""How often a value that other threads are changing is read, until it has not changed during a reading."""
+"""How often a value that other threads change is read again, until it did not change during a reading."""
 
 _to_json = msgspec.json.Encoder().encode
 
@@ -40,8 +40,8 @@ decode = msgspec.json.Decoder().decode
 """decode(data: bytes) -> Any: a fresh Python value from bytes that `encode` or `parse` returned."""
 
 
-# `encode` looks at each part of a value first, because msgspec alone would write NaN as null, the key 1 as "1" and a
-# datetime as text. It looks at and encodes a copy: another thread may change the original between the two steps.
+# `encode` checks each part of a value first, because msgspec alone would write NaN as null, the key 1 as "1" and a
+# datetime as text. It checks and encodes a copy, because another thread may change the original between the two steps.
 # Copying one dict or list is a single step for other threads.
 # Refused: comparing `decode(data) == value` afterwards. It is quicker only for small nested values, trusts the `__eq__`
 # of any object (an Enum may equal its text) and does not see integers beyond 64 bits.
@@ -49,12 +49,12 @@ def encode(value: Any) -> bytes:
     """Return `value` as compact JSON.
 
     Accepts dict, list, tuple, str, int, float, bool, None and their subclasses. Raises InvalidValue, which names the
-    place, for what JSON cannot hold, and for a value that other threads keep changing.
+    place, if JSON cannot hold the value or if other threads keep changing it.
     """
     try:
         kind = type(value)
         if kind is dict:
-            # The loop of `copy_object` once more: most values are an object of a few fields, and the call shows there.
+            # The loop of `copy_object` again: most values are objects with a few fields, for which a call is expensive.
             copy = value.copy()
             shared: Shared | None = None  # a list if there are containers inside
             for key, item in copy.items():
@@ -63,7 +63,7 @@ def encode(value: Any) -> bytes:
                 kind = type(item)
                 if kind is str or kind is bool or item is None:
                     continue
-                if kind is int:  # the short range is the quicker test, and nearly always enough
+                if kind is int:  # the short range is quicker to test, and nearly always enough
                     if -0x3FFFFFFF < item < 0x3FFFFFFF or INT_MIN <= item <= INT_MAX:
                         continue
                 elif kind is float:
@@ -71,7 +71,7 @@ def encode(value: Any) -> bytes:
                         continue
                 elif kind is list or kind is dict:
                     if kind is list:
-                        # A list of texts, such as tags, without the call: a tenth of the time of the whole.
+                        # A list of strings, such as tags: avoiding a call here saves a tenth of the time.
                         texts = item.copy()
                         for text in texts:
                             if type(text) is not str:
@@ -110,7 +110,7 @@ _INSIDE: Final = MAX_LEVELS - 1
 
 
 def _encode_container(value: Any) -> bytes:
-    """Return an array or object of any length as JSON. Raises as `encode`, or RuntimeError."""
+    """Return an array or object of any length as JSON. Raises the errors of `encode`, or RuntimeError."""
     shared: Shared = []
     copy: Any = (copy_array if type(value) is list else copy_object)(value, MAX_LEVELS, shared)
     if copy is not None:
@@ -124,9 +124,9 @@ def _encode_container(value: Any) -> bytes:
 
 
 def encode_plain(value: Any) -> bytes:
-    """Return plain JSON data, as `decode`, `normalise` and `apply` return it, as compact JSON.
+    """Encode plain JSON data, as `decode`, `normalise` and `apply` return it, as compact JSON.
 
-    Only the number of levels is checked, because ops can nest values in values.
+    Checks only the number of levels, because ops can put values inside other values.
     Raises InvalidValue for more than 128.
     """
     data = _to_json(value)
@@ -139,8 +139,8 @@ def encode_plain(value: Any) -> bytes:
 def normalise(value: object, path: str = "$") -> Any:
     """Return `value` as plain JSON data that shares no list or dict with it. This is the complete, slow check.
 
-    Instances of subclasses become plain, tuples become lists, integers beyond 64 bits become floats. Raises
-    InvalidValue, in which `path` stands for `value`.
+    Instances of subclasses become instances of the base class, tuples become lists, integers beyond 64 bits become
+    floats. Raises InvalidValue, in which `path` is the name of `value`.
     """
     for _ in range(_READINGS):
         read: _Read = []
@@ -163,9 +163,9 @@ def json_type(value: object) -> str:
 
 
 def prepare(*kinds: Any) -> None:
-    """Have msgspec look at the fields of these classes now, while a module is imported.
+    """Make msgspec inspect the fields of these classes now, while a module is imported.
 
-    Otherwise it does so when it first reads one, and if several threads do that at once, the process may end by
+    Otherwise it does so when it first reads an instance. If several threads do that at once, the process may crash with
     SIGSEGV.
     """
     for kind in kinds:
@@ -179,7 +179,7 @@ def class_name(thing: object) -> str:
 
 
 def json_words(problem: object) -> str:
-    """Return the message of msgspec with JSON's names of types instead of Python's."""
+    """Return a message of msgspec with JSON's names of types instead of Python's."""
     return _MISFIT.sub(lambda found: _PYTHON_NAME.sub(lambda name: _JSON_NAMES[name[0]], found[0]), str(problem))
 
 
@@ -208,7 +208,7 @@ def _as_is(value: Any) -> bytes | None:
 
 
 def _may_change(text: bytes) -> bool:
-    """True if a number may have more than 64 bits, or there may be too many levels."""
+    """True if the text may have a number with more than 64 bits, or too many levels."""
     return text.count(b"[") + text.count(b"{") > MAX_LEVELS or _NINETEEN_DIGITS.search(text) is not None
 
 
@@ -225,7 +225,7 @@ def parse(text: bytes | str) -> bytes:
             return text
         if _MINUS_ZERO.search(text if isinstance(text, bytes) else text.encode()):
             # msgspec reads `-0` as the integer 0 and has no hook for integers; the standard library has one. The text
-            # is known to be JSON, so other differences of the two do not matter.
+            # is known to be JSON, so other differences between the two do not matter.
             value = json.loads(text, parse_int=_integer)
         return encode(value)
     except msgspec.DecodeError as error:
@@ -237,9 +237,9 @@ def parse(text: bytes | str) -> bytes:
 
 
 def check(text: bytes) -> None:
-    """Raise DeserializationError for text that `parse` refuses. For text that is passed on unchanged.
+    """Raise DeserializationError for text that `parse` refuses. Used for text that is passed on unchanged.
 
-    Quicker than `parse`: it looks at the bytes where that checks each part in Python.
+    Quicker than `parse`, because it searches the bytes while `parse` checks each part in Python.
     """
     try:
         decode(text)
@@ -271,13 +271,13 @@ _Steps = tuple[Any, ...]
 
 
 _Read = list[tuple[Any, list[Any]]]
-"""Each dict and list that was read, with its content."""
+"""Each dict and list that was read, with the content it had."""
 
 
 def _is_unchanged(read: _Read) -> bool:
     try:
         return all(_content(container) == content for container, content in read)
-    except Exception:  # noqa: BLE001 - from the `__eq__` of a new item: an old one would be the same object
+    except Exception:  # noqa: BLE001 - from the `__eq__` of a new item: an unchanged one is the same object, which needs no `__eq__`
         return False
 
 
@@ -398,11 +398,11 @@ _ADVICE: Final = {
     "google.Message": "store google.protobuf.json_format.MessageToDict(value)",
     "enum.Enum": "store value.value",
 }
-"""By package and name, so that no module is imported for it, and a class may move within its package."""
+"""By package and class name, so that no module is imported, and a class may move within its package."""
 
 
 def _advice(value: object) -> str:
-    """Say what `value` is and what to store instead. Refused: converting it, as it would come back as another type."""
+    """Say what `value` is and what to store instead. Not converted: it would be read back as another type."""
     kind = type(value)
     try:
         advice = _advice_for(kind)

@@ -1,6 +1,6 @@
-"""Values with versions: a value says in one of its fields which version it has, and functions bring it up to date.
+"""Values with versions: a field of the value has its version, and a function of the program upgrades older values.
 
-Pure: the functions of the program are called, and nothing else.
+Pure, apart from calling that function.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from scopestate.ops.value_types import Misfit
 from scopestate.ops.values import class_name, decode, encode
 
 Upgrade = Callable[[Any, int], Any]
-"""Takes a value and its version, and returns the value as the next version has it."""
+"""Takes a value and its version, and returns the value in the form of the next version."""
 
 
 class Versions:
     """The versions that the values of some scopes have. It has no state: any thread may use it."""
 
     def __init__(self, version: int, field: str, upgrade: Upgrade | None) -> None:
-        """`version`: the current one. `field`: of an object, at its top; a value without it has version 1."""
+        """`version`: the current one. `field`: a top-level field of an object; a value without it has version 1."""
         self.version: Final = version
         self.field: Final = field
         self._upgrade = upgrade
@@ -40,9 +40,9 @@ class Versions:
         return version
 
     def current(self, json: bytes) -> bytes:
-        """Return a value as the current version has it. A value that is not older is returned unchanged.
+        """Return a value in the form of the current version. A value that is not older is returned unchanged.
 
-        Raises Misfit, with what the function has raised as its cause.
+        Raises Misfit. If the function raised an exception, that is its cause.
         """
         version = self.of(json)
         if version >= self.version:
@@ -69,7 +69,7 @@ class Versions:
         return value
 
     def is_too_new(self, json: bytes) -> Misfit | None:
-        """Return the error for a value of a later version than is known; None for any other value."""
+        """Return the error for a value of a version later than the current one; None for any other value."""
         version = self.of(json)
         if version <= self.version:
             return None

@@ -58,7 +58,7 @@ from scopestate.ops.turns import (
 from scopestate.ops.values import decode, encode, parse, prepare
 
 EXPIRED_AT_ONCE: Final = 256
-"""Keys that one turn removes because they have expired: other calls wait that long at most."""
+"""The most expired keys that one turn removes, so that other calls do not wait for long."""
 
 _NULL: Final = b"null"
 
@@ -80,7 +80,7 @@ KEEP: Final = Absence.KEEP
 
 
 def check_revision(view: View, key: str, found: Entry | None, expected: int | None) -> None:
-    """Raise Conflict if the key has not the expected revision. 0: it must not exist; None: nothing is expected."""
+    """Raise Conflict if the key does not have the expected revision. 0: it must not exist; None: any revision."""
     revision = 0 if found is None else found.revision
     if expected is not None and revision != expected:
         raise Conflict(view.scope, (KeyConflict(0, key, expected, revision),))
@@ -111,12 +111,12 @@ class SetWith(Set, frozen=True, gc=False):
 
 
 class UpdateWith(Update, frozen=True):
-    """Apply checked ops to the value of a key, on a condition, with a deadline, or all of them or none."""
+    """Apply checked ops to the value of a key: on a condition, with a deadline, or atomically."""
 
     if_revision: int | None = None
     """Only if the key has this revision; 0: only if it does not exist."""
     deadline: Deadline = NO_DEADLINE
-    """Without a field the deadline stays, or is what the scope's rule says."""
+    """With no field set, the scope's rule decides; without a rule, the deadline stays."""
     atomic: bool = False
     """True: raise UpdateRefused if an op is refused."""
 
@@ -139,10 +139,10 @@ class UpdateWith(Update, frozen=True):
 
 
 class CheckedUpdate(UpdateWith, frozen=True):
-    """An update whose result must fit. `check` is called in the turn, and again if another write came in between."""
+    """An update whose result must pass `check`, which the turn calls, and calls again if another write comes in."""
 
     check: Callable[[bytes], object] = bytes
-    """Takes the new value as JSON. What it raises reaches the caller, and nothing changes."""
+    """Takes the new value as JSON. If it raises, nothing is changed and the exception reaches the caller."""
 
     @property
     def kind(self) -> str:
@@ -152,7 +152,7 @@ class CheckedUpdate(UpdateWith, frozen=True):
         return self.unchecked()
 
     def unchecked(self, if_revision: int | None = None) -> UpdateWith:
-        """Return the same update without the check; with `if_revision`, of a key that has this revision."""
+        """Return the same update without the check, on the condition that the key has `if_revision`, if it is given."""
         asked = self.if_revision if if_revision is None else if_revision
         return UpdateWith(self.key, self.ops, asked, self.deadline, self.atomic)
 
@@ -239,16 +239,16 @@ class CompareAndSet(OneKey[CasResult], frozen=True):
 
 
 class Modify(OneKey[ModifyResult], frozen=True):
-    """Compute a new value from the old one. `function` may be called again, where another write came in between."""
+    """Compute a new value from the old one. `function` is called again if another write comes in between."""
 
     function_id = "state::compare-and-set"
     writes = True
     failure = Failure("UPDATE_ERROR", "Failed to update value")
 
     function: Callable[[Any], Any]
-    """Takes the value; returns the new one, DELETE or KEEP. What it raises reaches the caller, and nothing changes."""
+    """Takes the value; returns the new one, DELETE or KEEP. If it raises, nothing is changed; the call raises that."""
     default: Any = None
-    """What `function` gets if the key does not exist."""
+    """The argument of `function` if the key does not exist."""
     runner: Runner = run_plainly
 
     def decide(self, view: View) -> Effects[ModifyResult]:
@@ -268,16 +268,16 @@ class Modify(OneKey[ModifyResult], frozen=True):
         return changes, ModifyResult(old, data, revision=view.revision + len(changes))
 
     def value(self, scope: str, old: bytes | None) -> Any:
-        """Return what the function makes of the old value. Raises what it raises."""
+        """Return the result of the function for the old value. Raises what it raises."""
         if old is not None:
             argument = decode(old)
-        else:  # a copy for each call, which may change it
+        else:  # a copy for each call, because the function may change it
             argument = copy.deepcopy(self.default) if isinstance(self.default, (dict, list)) else self.default
         return plain_answer("modify", self.runner("modify", scope, self.function, argument))
 
 
 class _Told(msgspec.Struct):
-    """What another engine answers beside the reference's fields."""
+    """The fields in another engine's answer that the reference lacks."""
 
     revision: int = 0
     replayed: bool = False
@@ -285,7 +285,7 @@ class _Told(msgspec.Struct):
     old_value: msgspec.Raw = msgspec.Raw(_NULL)
     current: msgspec.Raw = msgspec.Raw(_NULL)
     existed: bool = False
-    """Whether the key existed before: a null in `old_value` was stored then."""
+    """Whether the key existed before. If it did, a null in `old_value` was a stored null."""
 
     def before(self, value: msgspec.Raw) -> bytes | None:
         """Return a value that the key had, or None if it did not exist."""
@@ -298,14 +298,14 @@ R = TypeVar("R", bound=WriteResult)
 
 
 def _detailed(changes: tuple[Stored, ...], answer: R, result: bytes | None) -> Effects[R]:
-    """Return what another engine did, with what it says beside the reference's fields."""
+    """Return what another engine did, with the fields of its answer that the reference lacks."""
     told = _decode_told(result or b"null")
     answer = msgspec.structs.replace(answer, revision=told.revision, detailed=True, replayed=told.replayed)
     return () if told.replayed else changes, answer
 
 
 def _asked(if_revision: int | None, deadline: Deadline) -> dict[str, Any]:
-    """Return the fields of a call. One is always there: it asks for the revision in the answer."""
+    """Return the fields of a call. There is always one, because it asks for the revision in the answer."""
     fields: dict[str, Any] = {"if_revision": if_revision}
     if deadline.ttl_ms is not None:
         fields["ttl_ms"] = deadline.ttl_ms
@@ -323,7 +323,7 @@ _CAS_RESULT: Final = msgspec.msgpack.Decoder(CasResult)
 
 
 def checked_deadline(ttl_ms: int | None = None, expires_ms: int | None = None, *, keep: bool = False) -> Deadline:
-    """Return what a write asks for about its deadline. Raises DeserializationError."""
+    """Return the deadline that a write asks for. Raises DeserializationError."""
     if (ttl_ms is not None) + (expires_ms is not None) + keep > 1:
         raise DeserializationError("give one of `ttl`, `expires_at` and `keep_ttl`")
     for name, number in (("ttl_ms", ttl_ms), ("expires_at", expires_ms)):
@@ -341,7 +341,10 @@ def checked_deadline(ttl_ms: int | None = None, expires_ms: int | None = None, *
 def asked_deadline(
     ttl: float | timedelta | None = None, expires_at: datetime | None = None, *, keep_ttl: bool = False
 ) -> Deadline:
-    """Return what a Python caller asks for: a time to live in seconds, or a moment. Raises DeserializationError."""
+    """Return the deadline that a Python caller asks for: a time to live in seconds, or a datetime.
+
+    Raises DeserializationError.
+    """
     if ttl is None and expires_at is None and keep_ttl is False:
         return NO_DEADLINE
     whole: Any = ttl  # the usual case first
@@ -356,7 +359,10 @@ def asked_deadline(
 
 
 def touch_deadline(ttl: float | timedelta | UnsetType | None = UNSET, expires_at: datetime | None = None) -> Deadline:
-    """Return what a `touch` asks for, without a field: none. Raises DeserializationError, also if nothing is given."""
+    """Return the deadline that a `touch` asks for. No field set: no deadline.
+
+    Raises DeserializationError, also if neither argument is given.
+    """
     if isinstance(ttl, UnsetType):
         if expires_at is None:
             raise DeserializationError("give `ttl` or `expires_at`; `ttl=None`: the key never expires")
@@ -368,7 +374,7 @@ def _ttl_ms(ttl: object) -> int:
     seconds = ttl.total_seconds() if isinstance(ttl, timedelta) else ttl
     if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not 0 < seconds * 1000 <= LAST_MS:
         raise DeserializationError(f"`ttl` is a number of seconds, more than 0, or a timedelta, not {ttl!r:.40}")
-    return max(1, math.ceil(round(seconds * 1000, 3)))  # 2.007 * 1000 is a little more than 2007
+    return max(1, math.ceil(round(seconds * 1000, 3)))  # 2.007 * 1000 is slightly more than 2007
 
 
 def _ms_of(moment: object) -> int:
@@ -396,7 +402,7 @@ def same_json(one: bytes | None, other: bytes | None) -> bool:
 
 
 def compared(expected: bytes | None, found: Entry | None) -> tuple[bytes | None, bytes | None]:
-    """Return the expected value of a key and the one it has, both None for a stored null too."""
+    """Return the expected value of a key and the one it has. Both are None for a stored null too."""
     return None if expected == _NULL else expected, None if found is None or found.json == _NULL else found.json
 
 
@@ -434,7 +440,7 @@ _decode_entry: Final = msgspec.json.Decoder(_Entry).decode
 
 
 class Ttl(OneKey["int | None"], frozen=True):
-    """Read how many milliseconds a key has left. None: it has no deadline, or does not exist."""
+    """Read how many milliseconds a key has left. None: it has no deadline or does not exist."""
 
     function_id = "state::get-entry"
     failure = Failure("GET_ERROR", "Failed to get value")
@@ -455,7 +461,7 @@ class Ttl(OneKey["int | None"], frozen=True):
 class Touch(OneKey[bool], frozen=True):
     """Give a key another deadline, or none. The answer says whether it exists.
 
-    The value and the revision stay, because a caller that compares revisions asks whether the value has changed. Fires
+    The value and the revision stay: a caller that compares revisions wants to know whether the value has changed. Fires
     no event.
     """
 
@@ -464,7 +470,7 @@ class Touch(OneKey[bool], frozen=True):
     failure = Failure("SET_ERROR", "Failed to set value")
 
     deadline: Deadline = NO_DEADLINE
-    """Without a field: none, whatever the scope's rule says."""
+    """With no field set: no deadline, even if the scope has a rule."""
 
     def decide(self, view: View) -> Effects[bool]:
         entry = view.entry(self.key)
@@ -489,16 +495,16 @@ def touched(view: View, asked: Deadline) -> int | None:
 
 
 class Expired(NamedTuple):
-    """What an `Expire` has done."""
+    """The result of an `Expire`."""
 
     keys: int
-    """Keys that it has removed."""
+    """The number of keys that were removed."""
     late_ms: int = 0
-    """Milliseconds since the deadline of the oldest of them."""
+    """Milliseconds since the earliest deadline among them."""
 
 
 class Expire(Turn[Expired], frozen=True):
-    """Remove keys whose deadline has passed, oldest first, at most `limit`. An engine sends it to its own scopes."""
+    """Remove keys whose deadline has passed, earliest first, at most `limit`. An engine sends it to its own scopes."""
 
     function_id = "state::delete"
     writes = True
@@ -523,11 +529,11 @@ class Expire(Turn[Expired], frozen=True):
 
 
 LONGEST_IDEMPOTENCY_KEY: Final = 255
-"""Characters."""
+"""In characters."""
 
 
 class Once(Turn[A], frozen=True):
-    """A write that is done once for its idempotency key: a repetition gets the first answer, and changes nothing.
+    """A write that is done once for each idempotency key: a repetition gets the first answer, and changes nothing.
 
     A refusal is not kept, because nothing was done.
     """
@@ -539,7 +545,7 @@ class Once(Turn[A], frozen=True):
     failure = Failure("SET_ERROR", "Failed to set value")
 
     @property
-    def function_id(self) -> str:  # type: ignore[override]  # that of another turn, so not of the class
+    def function_id(self) -> str:  # type: ignore[override]  # that of `turn`, so not the same for the class
         return self.turn.function_id
 
     def __post_init__(self) -> None:
@@ -572,7 +578,7 @@ class Once(Turn[A], frozen=True):
     def failed(self, error: Exception) -> StorageError:
         return self.turn.failed(error)
 
-    # As the turn itself, with the key: the other engine keeps the answer.
+    # As for the turn itself, with the key: the other engine keeps the answer.
 
     def call(self, scope: str) -> dict[str, Any]:
         return {**self.turn.call(scope), "idempotency_key": self.idempotency_key}
@@ -583,7 +589,7 @@ class Once(Turn[A], frozen=True):
 
 
 class Durable(Turn[A], frozen=True):
-    """A write that is answered when it is on disk, in a scope that answers others before."""
+    """A write that is answered when it is on disk, in a scope that answers other writes earlier."""
 
     turn: Turn[A]
     writes = True
@@ -621,18 +627,18 @@ def unwrapped(turn: Turn[A]) -> Turn[A]:
 
 
 _AROUND: Final = (Once, Durable)
-"""A tuple that is made only once, not by each call of each turn."""
+"""A constant, so that the tuple is not built for each turn."""
 
 
 def _told(answer: A) -> A:
-    """Return the answer to a write with an idempotency key: its JSON has the revision."""
+    """Return the answer to a write with an idempotency key, marked so that its JSON has the revision."""
     if not isinstance(answer, WriteResult):
         return answer
     return cast("A", msgspec.structs.replace(answer, detailed=True))
 
 
 def fingerprint_of(turn: Turn[Any]) -> bytes:
-    """Return a digest of everything that a turn asks for. What it computes from a function is not seen."""
+    """Return a digest of everything that a turn asks for. Results of its function, if it has one, are not included."""
     import hashlib  # noqa: PLC0415 - it loads OpenSSL
 
     content = msgspec.msgpack.encode((turn.kind, turn.content()))
