@@ -40,15 +40,15 @@ class Attempts(TurnActor):
         self._bare = True
         """True: the function gets the event as it is."""
         self._watched: dict[Run, None] = {}
-        """Plain functions that run under a time limit."""
+        """Runs of plain functions that have a time limit."""
         self._looks_s = math.inf
         """When a timer next checks whether one of them is overdue; inf: no timer is set."""
         self.trigger = trigger
-        """May be replaced by one with the same filters; applies from the next event."""
+        """May be replaced by a trigger with the same filters, which applies from the next event."""
         self.active = True
-        """False once unregistered: events that wait are dropped."""
+        """False once the trigger is unregistered. Events that wait are then dropped."""
         self.apart = False
-        """True while the function is known to block: its calls are made with the claim given back."""
+        """True while the function is known to block. The actor then gives its claim back during the calls."""
         self.delivered = self.skipped = self.failed = self.retried = self.dropped = self.timeouts = 0
 
     @property
@@ -101,7 +101,7 @@ class Attempts(TurnActor):
 
     async def _deliver(self, run: Run, trigger: Trigger) -> None:
         """Condition, then handler, with retries."""
-        condition: str = trigger.condition_function_id  # type: ignore[assignment]  # without one it is not called
+        condition: str = trigger.condition_function_id  # type: ignore[assignment]  # only called if it is set
         if isinstance(run.event, EventBatch):
             await self._ask_for_each(run, run.event, condition)
         else:
@@ -115,7 +115,7 @@ class Attempts(TurnActor):
         await self._finish(run, trigger.function_id, *self._outcome_of_call(run, trigger.function_id))
 
     async def _ask(self, run: Run, condition: str) -> None:
-        """Call the condition. Afterwards the run has an outcome if its handler must not be called."""
+        """Call the condition. If the handler must not be called, the run has an outcome afterwards."""
         run.asking = True
         try:
             verdict = self._call(condition, run)
@@ -131,7 +131,7 @@ class Attempts(TurnActor):
             run.outcome = "skipped"
 
     async def _ask_for_each(self, run: Run, batch: EventBatch, condition: str) -> None:
-        """Call the condition with each event of a batch, and take out those that it does not let through."""
+        """Call the condition with each event of a batch, and remove the events for which it returns false."""
         let_through = []
         for event in batch:
             run.event = event
@@ -147,7 +147,7 @@ class Attempts(TurnActor):
             run.outcome = "dropped"  # each event was counted and reported by itself
 
     def _argument(self, run: Run) -> Any:
-        """Return what a function is called with: an event, or a list of its own at each attempt, with the metadata."""
+        """Return the argument for a function: an event with the metadata, or a list of events, new for each attempt."""
         item = run.event
         metadata = None if run.asking else self.trigger.metadata
         for event in events_of(item):
@@ -175,7 +175,7 @@ class Attempts(TurnActor):
             if pause_s is None:
                 run.outcome = "failed"
             self._report(run, function_id, error, final=pause_s is None)
-            result = error = None  # or this frame and the traceback would keep each other
+            result = error = None  # otherwise this frame and the traceback would refer to each other
             if pause_s is None:
                 return
             self._note("retried")
@@ -188,7 +188,7 @@ class Attempts(TurnActor):
             result, error = self._outcome_of_call(run, function_id)
 
     def pause_after(self, run: Run, error: BaseException) -> float | None:
-        """Return how many seconds to wait before the next attempt of a run that has failed; None: it is given up."""
+        """Return the seconds until the next attempt of a run that has failed; None: the run is given up."""
         limits = self._services.limits
         if run.attempt >= limits.handler_attempts or issubclass(type(error), HandlerTimeout) or not self.active:
             return None
@@ -237,7 +237,10 @@ class Attempts(TurnActor):
     def _report(
         self, run: Run, function_id: str, error: BaseException, *, final: bool, event: Item | None = None
     ) -> None:
-        """Report a failed attempt. `event`: on another thread, because this one must not run code of the program."""
+        """Report a failed attempt.
+
+        `event`: set if the report must be made on another thread, because this one must not run code of the program.
+        """
         if issubclass(type(error), HandlerTimeout) and run.overdue:
             return  # reported when it became overdue
         events = events_of(run.event if event is None else event)
@@ -272,8 +275,8 @@ class Attempts(TurnActor):
         run.deadline = deadline = self._dispatcher.monotonic() + timeout_s
         self._watched[run] = None
         if deadline < self._looks_s:
-            # One timer for each handler, not for each event: it follows the deadlines. A timer that was set before a
-            # reload, for a longer time limit, would come too late.
+            # One timer for each handler, not for each event: it is set for the earliest deadline. A timer that was set
+            # before a reload, for a longer time limit, would fire too late.
             self._looks_s = deadline
             self._dispatcher.call_later(timeout_s, weakly(self._look_at_deadlines))
         try:
@@ -290,7 +293,7 @@ class Attempts(TurnActor):
         return result
 
     def _look_at_deadlines(self) -> None:
-        # Cleared before the deadlines are read: a call that begins in between is seen here or sets its own timer.
+        # Cleared before the deadlines are read, so a call that begins in between is seen here or sets its own timer.
         self._looks_s = math.inf
         now, next_s = self._dispatcher.monotonic(), math.inf
         for run in list(self._watched):
@@ -319,5 +322,5 @@ class Pause:
         yield self
 
     def start(self, go_on: Continue) -> None:
-        """Never called: the turn makes the run pause."""
+        """Never called: the turn itself makes the run pause."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Back-pressure: an engine's limits, the size of the events waiting for handlers, and the writers waiting for room."""
+"""Back-pressure: limits of an engine, the bytes of events that wait for handlers, and writers that wait for room."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Limits(msgspec.Struct):
     """
 
     max_value_bytes: int = 0
-    """0: none. At most what the store can hold."""
+    """0: no limit. At most the largest value that the store can hold."""
     max_batch_bytes: int = 8 << 20
     longest_name: int = sys.maxsize
     """Characters of the longest scope or key that the store can hold."""
@@ -64,7 +64,7 @@ class Tally:
     __slots__ = ("_count", "add")
 
     def __init__(self) -> None:
-        self._count = itertools.count()  # advanced in C, in one step; `+= 1` on an attribute is several
+        self._count = itertools.count()  # advanced in C, in one step; `+= 1` on an attribute takes several steps
         self.add = self._count.__next__
 
     def value(self) -> int:
@@ -79,7 +79,7 @@ class HandlerFull(Overloaded):
     """
 
     def __init__(self, scope: str, progress: int, journal: str = "") -> None:
-        """`journal`: why the journal is full, if it is that."""
+        """`journal`: why the journal is full, if that is the reason."""
         super().__init__(
             f"{journal or 'a handler that must see this write is full'}; nothing was written to scope {scope!r}: "
             "try again"
@@ -90,7 +90,7 @@ class HandlerFull(Overloaded):
 
 
 def no_room(scope: str, full: HandlerFull) -> str:
-    """Return the message for a handler, or a journal, that did not make room in time."""
+    """Return the message of the error if a handler, or the journal, did not make room in time."""
     if full.journal:
         return f"nothing was written to scope {scope!r} within call_timeout_ms: {full.journal}"
     return (
@@ -104,27 +104,27 @@ def no_room(scope: str, full: HandlerFull) -> str:
 class Backlog:
     """The bytes of the events that wait for handlers, and the writers that wait for room.
 
-    Two counters with one writer each need no lock: the router's turn adds the bytes it offers to a handler, and a
-    handler returns the bytes it has taken through `released`. Each copy of an event counts. Only if that sum is over
-    the limit are the values counted one by one, because copies share them.
+    No lock is needed, because each counter has one writer: the router's turn adds the bytes that it offers to a
+    handler, and a handler reports the bytes that it has taken through `released`. Each copy of an event counts. Copies
+    share their values, so if that sum exceeds the limit, the values themselves are counted, each once.
     """
 
     def __init__(self, dispatcher: Dispatcher, limits: Limits) -> None:
         self._dispatcher = dispatcher
         self._limits = limits
         self.working: Callable[[], Iterable[HandlerActor]] = list
-        """Gives all handlers that may have events waiting; set by the router."""
+        """Returns all handlers that may have events waiting. Set by the router."""
         self.largest = 0
         """Approximate bytes of the largest event since the router's mailbox was last empty."""
         self.allowance = 0
-        """While the events in the router's mailbox hold fewer bytes than this, no limit in bytes is reached."""
+        """While the events in the router's mailbox have fewer bytes than this, no limit in bytes is reached."""
         self.offered = 0
         """Bytes ever offered to handlers. Written within the router's turns only."""
         self._taken = 0
         self.released: list[int] = []
         """Bytes that have left the mailboxes of handlers since the router's last turn."""
         self._recount_above = 0
-        """Up to this many waiting bytes, each copy counted, the values need not be counted one by one."""
+        """Up to this many waiting bytes, in which each copy counts, the values need not be counted themselves."""
         self._over_above = -1
         """Above this many waiting bytes, `events_bytes` is exceeded; -1: it was not exceeded when last counted."""
         self._writers: dict[Callable[[], object], int] = {}
@@ -138,7 +138,7 @@ class Backlog:
     # ------------------------------------------------------------------------------------------------------ bytes
 
     def begin_turn(self, events: int) -> None:
-        """The router takes this many events out of its mailbox. Within its turn."""
+        """Call when the router takes this many events out of its mailbox. Within its turn."""
         self.allowance -= events * self.largest
         released = self.released
         count = len(released)
@@ -147,7 +147,7 @@ class Backlog:
             del released[:count]
 
     def end_turn(self, *, idle: bool) -> None:
-        """The router has passed them on. `idle`: its mailbox is empty."""
+        """Call when the router has passed these events on. `idle`: its mailbox is empty."""
         if idle:
             self.largest = 0
         self.allowance = self._smallest_limit() - (self.offered - self._taken)
@@ -157,13 +157,13 @@ class Backlog:
         return min(limits.handler_mailbox_bytes or sys.maxsize, limits.events_bytes or sys.maxsize)
 
     def queued(self, mailbox: list[Any]) -> int:
-        """Return the bytes of the events in the router's mailbox if they are many, else 0: they leave in a moment."""
+        """Return the bytes of the events in the router's mailbox if there are many; 0 for a few: they leave it soon."""
         if len(mailbox) * self.largest * 4 < self._smallest_limit():
             return 0
         return sum(size_of(item[1]) for item in mailbox[:] if type(item) is tuple)
 
     def is_over(self, queued: int = 0) -> bool:
-        """True if events that wait for all handlers together hold more bytes than `events_bytes`."""
+        """True if the events that wait, for all handlers together, have more bytes than `events_bytes`."""
         limit = self._limits.events_bytes
         if not limit or self.offered - self._taken + queued < limit:
             return False
@@ -197,29 +197,29 @@ class Backlog:
     def when_room(self, callback: Callable[[], object], full: HandlerFull | None = None, size: int = 0) -> None:
         """Call `callback()`, on any thread, after some handler has made progress.
 
-        `full`: progress since then counts too, for callers that did not come here before they tried. `size`: bytes of
-        values that wait with it, where no caller does.
+        `full`: what the failed attempt raised; progress made since that attempt counts too. `size`: bytes of the values
+        that wait with the callback, if no caller waits for it.
         """
         self._writers[callback] = size
         if full is not None and full.progress != self.progress:
-            # The progress that was waited for came before the callback was on the list: no other may follow.
+            # The progress came before the callback was in the table, and there may be no further progress to call it.
             self._dispatcher.submit(self.made_room)
 
     def stop_waiting(self, callback: Callable[[], object]) -> None:
-        """Forget a callback given to `when_room`, if it is still there: the caller that waited has given up."""
+        """Remove a callback given to `when_room`, if it is still there, because its caller has given up."""
         self._writers.pop(callback, None)
 
     def has_waiting_room(self) -> bool:
-        """False if so much waits for room already that a sender that does not wait itself must be refused."""
+        """False if so much waits for room already that a sender which does not block must be refused."""
         writers, limits = self._writers, self._limits
         most = limits.scope_mailbox_bytes or sys.maxsize
         return len(writers) < limits.scope_mailbox and sum(list(writers.values())) < most
 
     def made_room(self) -> None:
-        """A handler has made progress: tell the writers that wait."""
+        """Call when a handler has made progress: notifies the writers that wait."""
         self.progress += 1
-        # One table, and one atomic pop at a time: a callback that is added during the loop is never lost.
-        # Each callback that is here now is called once. One that finds its handler still full is appended again.
+        # Callbacks are removed from one table, one atomic pop at a time, so one that is added during the loop is not
+        # lost. Each callback that is present now is called once. If its handler is still full, it is added again.
         writers = self._writers
         if not writers:
             return
@@ -229,7 +229,7 @@ class Backlog:
 
 
 def size_of(event: Item) -> int:
-    """Bytes of the values of an event, or of those of a batch."""
+    """Return the bytes of the values of an event, or of all events of a batch."""
     if isinstance(event, EventBatch):
         return event.size
     return len(event.old_json or b"") + len(event.new_json or b"")

@@ -1,8 +1,9 @@
 """The bound of the journal: how much it may keep for durable triggers, and what happens when it is full.
 
-The saving thread measures what consumers still need, and only if that may be at the limit: the last measurement plus
-everything saved since is an upper bound. If the journal is full, writers wait (`block`), or the slowest consumer is
-paused and loses its oldest events (`pause`). docs/design/0051-the-bound-of-the-journal.md has the reasons.
+The saving thread measures how much consumers still need, but only if that may have reached the limit: the last
+measurement plus everything saved since is an upper bound. If the journal is full, writers wait (`block`), or the
+slowest consumer is paused and loses its oldest events (`pause`). docs/design/0051-the-bound-of-the-journal.md has the
+reasons.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ _SLACK: Final = 16
 _SHARE: Final = 10
 """Measuring takes at most 1/10 of the saving thread's time."""
 LOOK_AGAIN_S: Final = 0.05
-"""When to look again for what consumers are handling."""
+"""Pause before looking again, in seconds, while consumers are handling events."""
 _STALE: Final = 0.9
 _MOST_LOST: Final = 50_000
-"""Events that a consumer loses at a time."""
+"""The most events that a consumer loses at a time."""
 
 
 class JournalBound:
@@ -47,7 +48,7 @@ class JournalBound:
         save_all: Callable[[], object],
         save_soon: Callable[[float], object],
     ) -> None:
-        """`save_all` saves what consumers have done and then calls `look`; `save_soon` does so after some seconds."""
+        """`save_all` saves the progress of consumers and then calls `look`. `save_soon` does so after some seconds."""
         self._journal = journal
         self._feed = feed
         self._limits = limits
@@ -56,7 +57,7 @@ class JournalBound:
         self._save_all = save_all
         self._save_soon = save_soon
         self._events = self._bytes = 0
-        """Upper bound of what is needed: the last measurement plus what was saved since."""
+        """Upper bounds of what consumers need: the last measurement plus everything saved since."""
         self._measured: Needed | None = None
         self._asked = True
         """True: the next look measures."""
@@ -64,24 +65,24 @@ class JournalBound:
         """True: the journal may hold events that no consumer needs any more."""
         self._next_s = 0.0
         self.fresh = False
-        """True: the save before the next look has everything that consumers have done."""
+        """True: the save before the next look includes all progress of consumers."""
         self.problem = ""
-        """Why it is full although consumers may be paused; "": it is not."""
+        """Why the journal is full although consumers may be paused; "": it is not full."""
 
     def begin(self) -> None:
-        """Call once the consumers of the store are known: what earlier sessions left counts too."""
+        """Call once the consumers of the store are known. Events left by earlier sessions count too."""
         if self._consumers:
             needed = self._journal.needed()
             self._events, self._bytes = needed.events, needed.bytes
             self._say(needed)
 
     def ask(self) -> None:
-        """A limit has changed, or what consumers need. From any thread."""
+        """Make the next look measure: a limit has changed, or what consumers need. May be called from any thread."""
         self._asked = self._untrimmed = True
         self._save_all()
 
     def look(self, events: Sequence[StateEvent], size: int) -> None:
-        """Check whether there is still room, after a save with these events. `size`: bytes of their values."""
+        """After a save with these events, check whether there is still room. `size`: bytes of their values."""
         if not self._consumers:
             if self._asked or self._feed.over:
                 self._asked = False
@@ -97,8 +98,8 @@ class JournalBound:
             return
         now_s = self._dispatcher.monotonic()
         if now_s < self._next_s and not self._asked:
-            # It may be full, so writers wait until it can be measured. Refused: letting them continue until then. One
-            # slow disk write would let them exceed the limit by everything that they write in that time.
+            # The journal may be full, so writers wait until it can be measured. Refused: letting them continue. During
+            # one slow disk write they would exceed the limit by everything that they write in that time.
             self._have_writers_wait()
             self._save_soon(self._next_s - now_s)
             return
@@ -129,7 +130,7 @@ class JournalBound:
                 self._again()
 
     def _exceeds(self, events: int, size: int) -> bool:
-        """Return whether the journal is full. A full one stays full until there is room for more than one save."""
+        """Return whether the journal is full. Once full, it stays so until there is room for more than one save."""
         limits = self._limits
         most, most_bytes = limits.journal_events, limits.journal_bytes
         if self._feed.over:
@@ -172,13 +173,13 @@ class JournalBound:
         return f"{text}; or change `journal_events`, `journal_bytes` or `journal_when_full` under `limits`"
 
     def _slowest(self, needed: Needed, consumers: Sequence[JournalConsumer]) -> tuple[JournalConsumer | None, float]:
-        """Return the consumer that needs the largest part, and which part of all that is; at least that."""
+        """Return the consumer that needs the largest part, and a lower bound of its part of the whole."""
         limits = self._limits
         by_bytes = bool(limits.journal_bytes) and needed.bytes >= limits.journal_bytes
         slowest, most = None, -1.0
         for consumer in consumers:
             events, size = needed.wanted[consumer.number]
-            # Events of other scopes are counted by one of the two, and what it has done by the other.
+            # One of the two numbers includes events of other scopes, and the other includes events handled since.
             part = min(consumer.behind() / max(events, 1), 1.0)
             part *= size / max(needed.bytes, 1) if by_bytes else events / max(needed.events, 1)
             if part > most:
@@ -188,7 +189,7 @@ class JournalBound:
     # ---------------------------------------------------------------------------------------------------------- pause
 
     def _make_room(self, needed: Needed) -> None:
-        """Take the oldest events from a consumer that is paused for this; else pause the slowest one."""
+        """Take the oldest events from a consumer that was paused for this purpose; without one, pause the slowest."""
         there = {number: self._consumers[number] for number in needed.done if number in self._consumers}
         paused = [one for one in there.values() if one.trimmed is not None]
         for consumer in sorted(paused, key=lambda one: one.behind(), reverse=True):
@@ -221,7 +222,7 @@ class JournalBound:
         self._save_all()
 
     def _needed_by_others(self, consumer: JournalConsumer, needed: Needed) -> int:
-        """Return the position up to which no consumer needs these events, not counting those paused as full."""
+        """Return the position up to which no consumer needs the events, apart from those paused because it was full."""
         upto = self._journal.settled
         for group in needed.groups:
             if consumer.number in group:
@@ -236,12 +237,12 @@ class JournalBound:
         limits = self._limits
         excess = needed.events - _low(limits.journal_events) + 1
         if limits.journal_bytes and needed.bytes >= limits.journal_bytes:
-            # As if all were of the same size.
+            # As if all events had the same size.
             too_large = needed.bytes - _low(limits.journal_bytes) + 1
             excess = max(excess, -(-needed.events * too_large // needed.bytes))
         return min(max(excess, 1), _MOST_LOST)
 
 
 def _low(limit: int) -> int:
-    """Return the least size at which a full journal stays full; 0 if there is no limit."""
+    """Return the smallest size at which a full journal stays full; 0 if there is no limit."""
     return max(limit - limit // _SLACK, 1) if limit else 0

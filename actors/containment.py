@@ -2,7 +2,7 @@
 
 The rule (docs/design/0009-isolation.md): handlers, conditions, functions, hooks, callbacks and logging filters may
 raise anything. The exception is reported, and the engine continues. Only exceptions that such code did not raise itself
-pass through: Ctrl-C and exceptions of signal handlers, both on the main thread, and the end of a deterministic
+are passed on: Ctrl-C and exceptions of signal handlers, both on the main thread, and `Ended` of a deterministic
 dispatcher.
 """
 
@@ -27,7 +27,7 @@ class Ended(BaseException):
 
 def is_from_outside(error: BaseException) -> bool:
     """Tell whether `error` must reach the caller, because the running code did not raise it itself."""
-    kind = type(error)  # `isinstance` may call code of the program, for `__class__`
+    kind = type(error)  # `isinstance` may call code of the program: its `__class__`
     if issubclass(kind, Ended):
         return True
     if get_ident() != threading.main_thread().ident:
@@ -47,7 +47,7 @@ def _is_of_signal_handler(error: BaseException) -> bool:
 
 
 _traceback_of: Final = vars(BaseException)["__traceback__"].__get__
-"""Returns `error.__traceback__`, even if its class redefines that name."""
+"""Returns `error.__traceback__`, even if the class of `error` redefines that name."""
 
 
 def _code_of(handler: object) -> CodeType | None:
@@ -115,4 +115,4 @@ class Log:
         except BaseException as error:
             if is_from_outside(error):
                 raise
-            # It cannot be reported: the log itself has failed.
+            # This exception cannot be reported, because logging itself has failed.

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 log = Log("scopestate.actors")
 
 _SINCE_BOOT: Final[int | None] = getattr(time, "CLOCK_BOOTTIME", None)
-"""The clock of Linux that counts suspended time. Elsewhere the wall clock shows it, as long as it is not set back."""
+"""Linux's clock that includes suspended time. Elsewhere, that time shows only in the wall clock, unless it is set."""
 
 
 class Timer(Protocol):
@@ -36,24 +36,24 @@ class Timer(Protocol):
 
 
 class Dispatcher(Protocol):
-    """Gives actors threads and time. It is injected, so that tests can order every turn (see `deterministic`)."""
+    """Gives actors threads and time. It is passed in, so that tests can order every turn (see `deterministic`)."""
 
     def schedule(self, actor: TurnActor) -> None:
         """Call `actor.run_batch()` soon, on a thread where no signal handler runs."""
 
     def schedule_next(self, actor: TurnActor) -> None:
-        """As `schedule`, called at the end of a short turn: this worker may run `actor` itself, after that turn."""
+        """As `schedule`, but called at the end of a short turn: this worker may run `actor` itself after that turn."""
 
     def schedule_now(self, actor: TurnActor) -> None:
-        """As `schedule`, for an actor whose turns are known to block their threads: another thread is there at once."""
+        """As `schedule`, for an actor whose turns are known to block threads: ensures at once that another is free."""
 
     def submit(self, work: Callable[[], object]) -> None:
-        """Call `work()`, code of the engine, soon on a worker thread. It may wait for a disk or a connection."""
+        """Call `work()`, which is code of the engine, soon on a worker thread. It may wait for disks or connections."""
 
     def submit_program(self, work: Callable[[], object]) -> None:
-        """Call `work()`, code of the program that may never return, soon on a worker thread.
+        """Call `work()`, which is code of the program and may never return, soon on a worker thread.
 
-        The number of threads for such code is limited, so that work of the engine never waits behind it.
+        The number of threads for such code is limited, so that work of the engine never waits for it.
         """
 
     def held(self) -> int:
@@ -69,33 +69,33 @@ class Dispatcher(Protocol):
         """Make a future that threads of this dispatcher can wait for."""
 
     def claim(self, actor: TurnActor) -> dict[str, int]:
-        """Make the claim of a new actor: an empty dict, in which a thread enters its id while it runs a turn."""
+        """Return the claim of a new actor: an empty dict, in which a thread enters its id while it runs a turn."""
 
     def monotonic(self) -> float:
-        """Return the seconds of the clock that `call_later` uses."""
+        """Return the time of the clock that `call_later` uses, in seconds."""
 
     def wall_ns(self) -> int:
         """Return the time of day in nanoseconds since the epoch. It may be set back, or forward."""
 
     def uptime_ns(self) -> int:
-        """Return the nanoseconds since a fixed moment, with those in which the machine was suspended if it can tell."""
+        """Return the nanoseconds since a fixed moment, including suspended time where the system counts it."""
 
     def random(self) -> float:
-        """Return a random number from 0 to 1, which is not included."""
+        """Return a random number from 0 to 1, 1 not included."""
 
     def threads(self) -> int:
-        """Return the number of live threads, without the timer's."""
+        """Return the number of live threads, not counting the timer's."""
 
     def close(self) -> None:
-        """End every thread after what is scheduled. Later work runs on the thread that submits it."""
+        """End every thread once the scheduled work is done. Later work runs on the thread that submits it."""
 
 
 class ThreadDispatcher:
     """Worker threads with one queue of ready work, and a timer thread; all are started when first needed.
 
     The pool grows when all workers are blocked and work waits, because a handler may block for any time and must not
-    delay others. Workers end after ten idle seconds. At most `MOST` threads run code of the program at a time; further
-    such work is held back, so that routing, saving, commits and closing always have a thread
+    delay others. Workers end after ten idle seconds. At most `MOST` threads run code of the program at a time. Further
+    calls of such code are held back, so that routing, saving, commits and closing always have a thread
     (docs/design/0009-isolation.md). The threads are daemons: the engine's exit hook saves before they end.
     """
 
@@ -104,9 +104,9 @@ class ThreadDispatcher:
     STALL_S = 0.005
     """One more worker is started if work waits this long while all workers are blocked."""
     MOST = 512
-    """Threads that run code of the program, at most. Further work is held back, and that is logged."""
+    """The most threads that run code of the program. Further such work is held back, which is logged."""
     RESERVE = 64
-    """Further threads, for the engine's own work."""
+    """Additional threads for the engine's own work."""
 
     waiter: Callable[[Reply[Any], float | None], None] | None = None
 
@@ -145,7 +145,7 @@ class ThreadDispatcher:
     def schedule_now(self, actor: TurnActor) -> None:
         self._ready.put(self._turns_of(actor))
         if len(self._idle) + len(self._coming) < 2 and not self._closed:
-            # One more than is needed now: what comes next must not wait until all others are found to be blocked.
+            # One more than is needed now: work that comes next must not wait until all workers are found to be blocked.
             self._add_worker()
         if not self._idle:
             self._look_after_queue()
@@ -173,7 +173,7 @@ class ThreadDispatcher:
     def monotonic(self) -> float:
         return time.monotonic()
 
-    # Not functions of their own: a write with a deadline asks for both.
+    # The functions themselves, without a method around them: a write with a deadline calls both.
     wall_ns = staticmethod(time.time_ns)
     uptime_ns = staticmethod(
         time.monotonic_ns if _SINCE_BOOT is None else functools.partial(time.clock_gettime_ns, _SINCE_BOOT)
@@ -198,7 +198,7 @@ class ThreadDispatcher:
         return _ProgramWork(actor.run_batch, self) if actor.runs_program else actor.run_batch
 
     def _look_after_queue(self) -> None:
-        """Without an idle worker: start the first one now, or check soon whether one more is needed."""
+        """If no worker is idle, start the first one now, or check soon whether another one is needed."""
         look = self._looks
         if self._closed:
             self._run_left_over()
@@ -206,14 +206,14 @@ class ThreadDispatcher:
             if not start_thread(self._add_first_worker):
                 self._run_left_over()
         elif self._look_asked != look:
-            # Recorded by number, and last: if a signal interrupts this, the next call does it again.
+            # The number is recorded last, so that after an interruption by a signal the next call does this again.
             taken = self._taken
             self._timer.call_later(self.STALL_S, lambda: self._relieve(look, taken))
             self._look_asked = look
 
     def _relieve(self, look: int, taken: int) -> None:
         if look != self._looks:
-            return  # two threads had asked for the same check
+            return  # two threads asked for the same check
         self._looks += 1
         if self._idle or self._ready.empty() or self._closed:
             return
@@ -228,7 +228,7 @@ class ThreadDispatcher:
         try:
             busy.append(None)
         except MemoryError:
-            certainly(functools.partial(self.submit_program, work))  # it has not begun
+            certainly(functools.partial(self.submit_program, work))  # `work` has not begun
             raise
         if len(busy) > self.MOST and not self._closed:
             busy.pop()
@@ -237,7 +237,7 @@ class ThreadDispatcher:
         try:
             _call(work)
             while held:
-                # Run it here, in order: otherwise later work would overtake it.
+                # Run it here, because later work would overtake it otherwise.
                 try:
                     work = held.popleft()
                 except IndexError:
@@ -258,7 +258,7 @@ class ThreadDispatcher:
         self._let_go()  # a thread may have become free before `work` was on the list
 
     def _let_go(self) -> None:
-        """Submit one call that is held back, if there is a thread for it."""
+        """Submit one call that is held back, if a thread is free for it."""
         if self._held and len(self._in_program) < self.MOST:
             try:
                 self.submit_program(self._held.popleft())
@@ -266,10 +266,10 @@ class ThreadDispatcher:
                 return  # another worker has taken it
 
     def _run_left_over(self) -> None:
-        """Run what is scheduled on this thread, when no worker will take it, so that no caller waits without end.
+        """Run scheduled work on this thread if no worker will take it, so that no caller waits forever.
 
-        This happens to messages sent while the engine closes, which their actors refuse. It also happens at exit, when
-        the interpreter starts no more threads (3.12): the exit hook closes the engine on its own thread.
+        This is so for messages that are sent while the engine closes, which their actors refuse. It is also so at exit,
+        when the interpreter starts no more threads (3.12): the exit hook closes the engine on its own thread.
         """
         ends = 0
         try:
@@ -288,12 +288,12 @@ class ThreadDispatcher:
 
     def _add_worker(self, *, only_first: bool = False) -> None:
         worker = threading.Thread(target=self._work, name=f"{self._name}-{next(self._numbers)}", daemon=True)
-        # The guard is held while the thread starts: once `close` has taken it, no more threads will appear.
+        # The guard is held while the thread starts. So once `close` has taken it, no more threads are started.
         if not self._exclusive.run(self._start_worker, worker, 1 if only_first else self.MOST + self.RESERVE):
             self._run_left_over()
 
     def _start_worker(self, worker: threading.Thread, most: int) -> bool:
-        """Start the worker, unless there are `most`. Returns False if the interpreter starts no more threads."""
+        """Start the worker, unless there are `most`. Return False if the interpreter starts no more threads."""
         if self._closed or self._workers >= most:
             return True
         self._workers += 1
@@ -312,10 +312,10 @@ class ThreadDispatcher:
         try:
             self._work_until_idle()
         finally:
-            # In every case, even after a MemoryError outside of a turn: the count is the number of live threads.
+            # In every case, even after a MemoryError outside of a turn, so that the count stays right.
             self._exclusive.run(self._end_worker)
             if not self._ready.empty():
-                # Even when closed: a thread that queued work meanwhile saw this worker idle and started none.
+                # Even when closed: a thread that queued work in the meantime saw an idle worker and started none.
                 self._look_after_queue()
 
     def _end_worker(self) -> None:
@@ -339,9 +339,9 @@ class ThreadDispatcher:
                 if work is None:
                     break
                 if not idle and not ready.empty():
-                    # The threads that queued this may not have started a worker, because this one was idle.
+                    # The threads that queued this may have started no worker, because this one was idle.
                     self._look_after_queue()
-            except BaseException:  # a MemoryError: this worker ends, but the work it has taken must not be lost
+            except BaseException:  # a MemoryError: this worker ends, but the work that it has taken must not be lost
                 if work is not None:
                     certainly(functools.partial(ready.put, work))
                 raise
@@ -393,8 +393,8 @@ class _TimerThread:
     def call_later(self, delay_s: float, callback: Callable[[], object]) -> Timer:
         entry = _Scheduled(callback)
         if not self._closed:
-            # One C call, which no signal can interrupt. Refused: a Condition around the heap, whose methods are Python
-            # code: a KeyboardInterrupt in them could leave its lock taken.
+            # One C call, which no signal can interrupt. Refused: a Condition around the heap. Its methods are Python
+            # code, and a KeyboardInterrupt in them could leave its lock taken.
             self._new.put((time.monotonic() + delay_s, next(self._order), entry))
             if not self._runs:
                 start_thread(self._begin)
@@ -439,9 +439,9 @@ class _TimerThread:
 
 
 def weakly(method: Callable[[], object]) -> Callable[[], object]:
-    """Return a function that calls a bound method as long as its object exists, for `call_later`.
+    """Return a function that calls a bound method while its object exists, for `call_later`.
 
-    A timer must not keep an engine in memory that was dropped without close().
+    A timer must not keep an engine in memory that the program dropped without close().
     """
     here = weakref.WeakMethod(method)
 
@@ -457,7 +457,7 @@ def start_thread(target: Callable[[], object]) -> bool:
     """Call `target()`, which is short, on a new thread. Returns False if the interpreter starts no more threads.
 
     This is one C call. `Thread.start()` is Python code that waits for the new thread, and a KeyboardInterrupt in it can
-    leave that thread waiting without end. No signal handler runs on the new thread, so it may start another one.
+    leave that thread waiting forever. No signal handler runs on the new thread, so it may use `Thread.start()`.
     """
     try:
         _thread.start_new_thread(target, ())

@@ -46,7 +46,7 @@ class Among:
         self.wanted = tuple(wanted)
         """Each a scope, or None and a prefix."""
         self.fresh = fresh
-        """The last this many are wanted from now on, even if the cursor is older."""
+        """The changes of the last this many entries are wanted from now on, even if the cursor is older."""
         self._exact = frozenset([scope for scope, _ in wanted if scope is not None])
         self._prefixes = tuple([prefix for scope, prefix in wanted if scope is None])
 

@@ -1,4 +1,4 @@
-"""The actor of a scope with many keys, which come from the store when they are asked for."""
+"""The actor of a scope with many keys, which are read from the store when a call needs them."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ A = TypeVar("A")
 log = Log("scopestate.persistence")
 
 LOADED_WHOLE: Final = 4_000
-"""A scope with no more keys is loaded whole at its first call, in about 5 ms: its turns then need no store."""
+"""A scope with at most this many keys is loaded whole at its first call, in about 5 ms: its turns then need no store."""
 WORTH: Final = 200_000
-"""After so many turns the whole scope is loaded, and turns are as quick as those of a small scope."""
+"""After this many turns the whole scope is loaded. Turns are then as quick as those of a small scope."""
 _TURNS_OF_A_KEY: Final = 10
-"""A turn that reads a key from the store takes about as long as so many that do not."""
+"""Reading a key from the store takes about as long as this many turns that read none."""
 _FIRST_KEY: Final = Keys(Range(limit=1))
 _NOTHING: Final[dict[str, None]] = {}
 
 
 class LoadWhole(Housekeeping[None], frozen=True):
-    """The scope is used so often that all of it is to be in memory."""
+    """Load the whole scope: it is used so often that this is worth the time."""
 
 
 class KeyedScope(LocalScope):
-    """A scope in memory, or the part of it that was asked for.
+    """A scope of which all keys, or only those that were needed so far, are in memory.
 
-    A scope with many keys begins without any. Before a turn, the keys that it touches are read from the store into the
-    tables. Then the turn runs as on a scope in memory, on a view that reads what else it needs. While only a part is in
-    memory, `_view` is None, so that each turn comes to `_without_values`, and no reader comes past it. The tables hold
-    what differs from the store, and a copy of some of the rest:
+    A scope with many keys begins with no key in memory. Before a turn, the keys that it touches are read from the store
+    into the tables. Then the turn runs as on a scope in memory, on a view that reads other keys if it needs them. While
+    only a part is in memory, `_view` is None, so that every turn and every reader goes through `_without_values`. The
+    tables have everything that differs from the store, and a copy of some of the rest:
 
     - A key in `_values` is current.
     - A key that is not in `_values`, but in `_dirty` or `_unsaved`, is deleted.
@@ -60,11 +60,11 @@ class KeyedScope(LocalScope):
         """`stored` reads the keys of the store."""
         self._stored = stored
         self._keyed: Keyed | None = None
-        """What turns see while only a part is in memory; None: all of it is, or nothing."""
+        """The view for turns while only a part is in memory; None: the whole scope is in memory, or nothing."""
         self._unsaved = _NOTHING
-        """Keys that were collected and are not saved. The actor that saves empties it, by replacing it."""
+        """Keys that were collected and are not saved yet. The actor that saves replaces it by an empty dict."""
         self._is_large = False
-        """True if what was read last is the state without keys."""
+        """True if the state that was read last is one without keys."""
         self._turns = 0
         self._asked_whole = False
         super().__init__(scope, around, keeps=True, gated=gated)
@@ -85,7 +85,7 @@ class KeyedScope(LocalScope):
             self.post(envelope)
 
     def _has_keys_of(self, turn: object) -> bool:
-        """True if a part of the scope is in memory, and the turn needs nothing else. From any thread."""
+        """True if a part of the scope is in memory that has all keys of the turn. May be called from any thread."""
         values = self._values
         if self._keyed is None or values is None or not isinstance(turn, Turn) or (keys := turn.keys) is None:
             return False
@@ -122,7 +122,7 @@ class KeyedScope(LocalScope):
 
     def _run_by_key(self, turn: Turn[A]) -> A:
         keyed, keys = self._keyed, turn.keys
-        assert keyed is not None  # the caller has looked
+        assert keyed is not None  # the caller has checked
         try:
             if keys is not None:
                 keyed.begin(None)
@@ -140,14 +140,14 @@ class KeyedScope(LocalScope):
         return answer
 
     def _count(self, brought: int) -> None:
-        """Count a turn, and have the scope loaded if there were many."""
+        """Count a turn that has read this many keys, and ask for the whole scope after many turns."""
         self._turns += 1 + _TURNS_OF_A_KEY * brought
         if self._turns > WORTH and not self._asked_whole and not self._closed:
             self._asked_whole = True
             self._enqueue(Envelope(LoadWhole(), self._dispatcher.reply()))
 
     def bring(self, keys: Iterable[str]) -> int:
-        """Have keys in memory. Returns how many had to be read from the store. Within a turn. Raises StorageError."""
+        """Read keys that are not in memory. Returns how many those were. Within a turn. Raises StorageError."""
         values, dirty, unsaved = self._values, self._dirty or _NOTHING, self._unsaved
         assert values is not None  # within a turn
         missing = [key for key in keys if key not in values and key not in dirty and key not in unsaved]
@@ -178,7 +178,7 @@ class KeyedScope(LocalScope):
         """Return the keys that may differ from the store, deleted ones too. Within a turn."""
         changed = {**self._unsaved, **(self._dirty or _NOTHING)}
         if self.pinned:
-            changed.update(dict.fromkeys(self._values or ()))  # one of them is nowhere else
+            changed.update(dict.fromkeys(self._values or ()))  # some of these may be nowhere else
         return changed
 
     # ------------------------------------------------------------------------------------------------ parts, and all
@@ -209,7 +209,7 @@ class KeyedScope(LocalScope):
         self._keyed = keyed
 
     def _load_whole(self) -> None:
-        """Have all of the scope in memory. Within a turn. Raises StorageError."""
+        """Load the whole scope into memory. Within a turn. Raises StorageError."""
         state = self._whole()
         values, revisions, deadlines = state.values, state.revisions, state.deadlines or NO_DEADLINES
         around = self._around
@@ -241,7 +241,7 @@ class KeyedScope(LocalScope):
         self._allow_reading()
 
     def _whole(self) -> ScopeState:
-        """Return what the store has, with what differs from it in memory."""
+        """Return the state in the store, changed by everything that differs from it in memory."""
         store, values = self._around.store, self._values
         assert store is not None  # it is kept
         assert values is not None  # within a turn
@@ -299,11 +299,11 @@ class KeyedScope(LocalScope):
         if self._keyed is None:
             super()._close(handlers_may)
         else:
-            ScopeActor._close(self, handlers_may)  # handlers go on with the part
+            ScopeActor._close(self, handlers_may)  # handlers continue to use the part
 
     def collect(self) -> Collected | None:
         if self._keyed is not None and self._dirty:
-            # Before they are collected: a deleted key must not be read from the store again.
+            # Noted before the collection: until it is saved, a deleted key must not be read from the store.
             self._unsaved = {**self._unsaved, **self._dirty}
         return super().collect()
 

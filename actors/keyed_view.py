@@ -1,4 +1,4 @@
-"""What turns see of a scope of which only a part is in memory."""
+"""The view of a scope of which only a part is in memory."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
 
 _NO_KEYS: Final = OrderedKeys({}, lambda: 0)
 _FEW: Final = 1000
-"""So many keys, and what is stored under them, are read in a few milliseconds."""
+"""This many keys, with what is stored under them, are read in a few milliseconds."""
 _READ_AHEAD: Final = 256
-"""Entries that are read together, of a turn that has listed keys."""
+"""Entries that are read together for a turn that has listed keys."""
 _LIKE_A_PAGE: Final = 100
-"""A page of entries takes about as long as so many keys that are read one by one: 5 ms."""
+"""A page of entries takes about as long as reading this many keys one by one: 5 ms."""
 _LIKE_A_COUNT: Final = 2000
-"""The same for counting a million keys."""
+"""Counting a million keys takes about as long as reading this many keys one by one."""
 _LOOK_AT_EACH: Final = (Pairs, Values, Entries, State, ReadPage, DeleteRange)
-"""Turns that look at what is stored under each key that they list."""
+"""Turns that read what is stored under each key that they list."""
 
 
 def keys_read(turn: Turn[Any]) -> int:
-    """Return as many keys as take the time of a turn without given keys; 0: it needs the whole scope."""
+    """Return the cost of a turn without given keys, as a number of keys to read; 0: it needs the whole scope."""
     while isinstance(turn, (Once, Durable)):
         turn = turn.turn
     if isinstance(turn, Count):
@@ -49,7 +49,7 @@ def keys_read(turn: Turn[Any]) -> int:
 
 
 class Keyed(WithDeadlines):
-    """The view of such a scope. It reads what is not in memory, and puts the store and the changes together."""
+    """The view of such a scope. Reads keys that are not in memory, and merges the store with changes in memory."""
 
     __slots__ = ("_created", "_listed", "_looks_at_each", "_rows", "_scope", "_stored", "_writes")
 
@@ -70,14 +70,14 @@ class Keyed(WithDeadlines):
         self._stored = stored
         self._created = created
         self._rows: dict[str, Row] = {}
-        """What a turn that only reads has read of the keys that it has listed. It does not stay in memory."""
+        """Rows that a read-only turn has read for the keys that it listed. They do not stay in memory."""
         self._listed: list[str] = []
-        """Keys that the turn has listed and not looked at yet, the last one first."""
+        """Keys that the turn has listed and not read yet, the last one first."""
         self._looks_at_each = self._writes = False
         self.get = self._get
 
     def begin(self, turn: Turn[Any] | None) -> None:
-        """Begin a turn without given keys; None: one with given keys."""
+        """Begin a turn. `turn`: one without given keys; None: one with given keys."""
         self._rows, self._listed = {}, []
         self._looks_at_each = False
         if turn is not None:
@@ -107,7 +107,7 @@ class Keyed(WithDeadlines):
         return row.expires_ms is not None and row.expires_ms <= self.now_ms
 
     def _row(self, key: str) -> Row | None:
-        """Have a key in memory, or return its row if it need not stay there."""
+        """Read a key into memory and return None, or return its row if it need not stay in memory."""
         if key in self._values:
             return None
         if key not in self._rows:
@@ -116,7 +116,7 @@ class Keyed(WithDeadlines):
                 self._scope.bring((key,))
                 return None
             ahead = [listed.pop() for _ in range(min(_READ_AHEAD, len(listed)))]
-            if key not in ahead:  # it is looked at again
+            if key not in ahead:  # it is read a second time
                 ahead.append(key)
             if self._writes:
                 self._scope.bring(ahead)

@@ -1,8 +1,8 @@
-"""What the values of a scope must fit, by a rule of the configuration: checked in the turn that writes, on any backend.
+"""Rules for the values of a scope, from the configuration. They are checked in the turn that writes, on any backend.
 
-The check sees what a turn has decided, so it is about results: of an update, a function, a whole transaction. What
-raises in it refuses the turn, before anything has changed. A rule with versions also gives turns another view, which
-has each value as the current version has it; what is stored stays as it is until its key is written.
+The check sees the changes that a turn has decided: the result of an update, of a function, or of a whole transaction.
+If the check raises, the turn is refused before anything has changed. If a rule has versions, turns get a view with each
+value in the form of the current version. Stored values stay as they are until their keys are written.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ A = TypeVar("A")
 log: Final = Log("scopestate.scope")
 
 _TELL_EVERY_S: Final = 60.0
-"""A scope with many values that do not fit is logged once in so many seconds."""
+"""A scope with many values that do not fit is logged at most once in this many seconds."""
 _MOST_SCOPES: Final = 1000
-"""So many scopes are logged one by one."""
+"""At most this many scopes are logged separately. All others share one entry."""
 
 
 class Misfits:
-    """The values of an engine that are let through although they do not fit: counted, and logged now and then."""
+    """Counts the values that an engine accepts although they do not fit, and logs them from time to time."""
 
     def __init__(self) -> None:
         self.written: Final = Tally()
         self._told: dict[tuple[str, str], tuple[float, int]] = {}
-        """Scope and what was done -> when it was logged last, and the count at that time."""
+        """(scope, what was done) -> when that was last logged, and the count at that time."""
 
     def note(self, violation: SchemaViolation) -> None:
-        """Note a value that is written. From any thread; two threads may both log."""
+        """Note a value that is written. May be called from any thread; two threads may both log."""
         self.written.add()
         before = self._told_before(violation.scope, "written", self.written.value())
         if before is not None:
@@ -56,12 +56,12 @@ class Misfits:
             )
 
     def note_old(self, violation: SchemaViolation) -> None:
-        """Note a value that cannot be brought up to date, and is listed as it is stored. From any thread."""
+        """Note a value that cannot be upgraded, and is listed as it is stored. May be called from any thread."""
         if self._told_before(violation.scope, "listed", 0) is not None:
             log.warning("%s: lists give it as it is stored", violation.what_is_wrong())
 
     def _told_before(self, scope: str, what: str, count: int) -> int | None:
-        """Return the count at the last line about it; None if it is not time for another one."""
+        """Return the count at the last log line about this; None if it is too soon for another line."""
         told = self._told
         about = (scope if (scope, what) in told or len(told) < _MOST_SCOPES else "", what)
         last_s, before = told.get(about, (-_TELL_EVERY_S, 0))
@@ -73,7 +73,7 @@ class Misfits:
 
 
 class ValueRule:
-    """What the values of one scope must fit, and which version of them is current."""
+    """The rule for the values of one scope: the type that they must fit, and their current version."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class ValueRule:
         *,
         refuses: bool = True,
     ) -> None:
-        """`kind`: what they must fit; None: anything. `refuses`: False for a rule that only counts what does not."""
+        """`kind`: the type of the values; None: any. `refuses`: if False, values that do not fit are only counted."""
         self._scope = scope
         self._kind = kind
         self._misfits = misfits
@@ -93,7 +93,7 @@ class ValueRule:
         self._name = "the rule of the scope" if kind is None else kind.name
 
     def decide(self, turn: Turn[A], view: View) -> Effects[A]:
-        """Have a turn decide. Raises what it raises, and SchemaViolation for a value that does not fit."""
+        """Return what a turn decides. Raises what that raises, and SchemaViolation for a value that does not fit."""
         versions = self.versions
         effects = turn.decide(view) if versions is None else self._decide_over_current(turn, view, versions)
         for one in effects[0]:
@@ -108,7 +108,7 @@ class ValueRule:
         except ScopestateError as error:
             for key, violation in current.outdated.items():
                 if _rests_on(turn, key):
-                    raise violation from error  # it may have failed because of a value that is not current
+                    raise violation from error  # the turn may have failed because this value is outdated
             raise
         for key, violation in current.outdated.items():
             if _rests_on(turn, key):
@@ -124,7 +124,7 @@ class ValueRule:
         return effects
 
     def check(self, key: str, data: bytes) -> None:
-        """Raise SchemaViolation if a value that is to be written does not fit, or note it."""
+        """Check a value that is to be written. If it does not fit, raise SchemaViolation, or only count it."""
         violation = self.violation(key, data, written=True)
         if violation is None:
             return
@@ -133,9 +133,9 @@ class ValueRule:
         self._misfits.note(violation)
 
     def violation(self, key: str, data: bytes, *, written: bool) -> SchemaViolation | None:
-        """Return why a value does not fit; None if it does. One of an earlier version must fit as what it becomes.
+        """Return why a value does not fit; None if it fits. A value of an earlier version is upgraded and then checked.
 
-        `written`: it is to be written; False: it was found.
+        `written`: True: the value is to be written. False: it was read.
         """
         try:
             if self.versions is not None:
@@ -149,11 +149,11 @@ class ValueRule:
         return None
 
     def json_schema(self) -> dict[str, Any] | None:
-        """Return the JSON schema of the values; None if there is none."""
+        """Return the JSON schema of the values; None if the rule has no type."""
         return None if self._kind is None else self._kind.json_schema()
 
     def current(self, key: str, data: bytes) -> bytes:
-        """Return a value as the current version has it, one of a later version as it is. Raises SchemaViolation."""
+        """Return a value upgraded to the current version; one of a later version as it is. Raises SchemaViolation."""
         if self.versions is None:
             return data
         try:
@@ -162,7 +162,7 @@ class ValueRule:
             raise self._violation(key, misfit, written=False) from misfit.__cause__
 
     def known(self, key: str, data: bytes) -> bytes:
-        """As `current`, for a reader that can do nothing with a later version. Raises SchemaViolation for one."""
+        """As `current`, but raises SchemaViolation for a later version too, which the reader cannot use."""
         data = self.current(key, data)
         if self.versions is not None and (misfit := self.versions.is_too_new(data)) is not None:
             raise self._violation(key, misfit, written=False)
@@ -179,13 +179,13 @@ class ValueRule:
 
 
 class _CurrentView:
-    """A view with each value as the current version has it. What cannot be brought up to date is given as stored."""
+    """A view with each value upgraded to the current version. A value that cannot be upgraded is as it is stored."""
 
     def __init__(self, view: View, rule: ValueRule) -> None:
         self._view = view
         self._rule = rule
         self.outdated: dict[str, SchemaViolation] = {}
-        """Key -> why its value could not be brought up to date, of those that were looked at."""
+        """Key that was read -> why its value could not be upgraded."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._view, name)
@@ -218,13 +218,14 @@ def _too_new(versions: Versions, data: bytes) -> Misfit | None:
     try:
         return versions.is_too_new(data)
     except Misfit:
-        return None  # not a version: nothing that a newer program has written
+        return None  # its version is not a number, so no newer program has written it
 
 
 def _rests_on(turn: Turn[Any], key: str) -> bool:
-    """Return whether what a turn does depends on the value of a key, and not only its answer on it.
+    """Return whether the effects of a turn depend on the value of a key. If so, an outdated value fails the turn.
 
-    A read of one key does, one of many does not: one value must not make the others unreadable.
+    For a read of one key this is true. For a read of many keys it is false, because one value must not make the others
+    unreadable.
     """
     asked = unwrapped(turn)
     if isinstance(asked, Set | SetAll | Delete | DeleteWith | DeleteRange | Touch | Ttl):
@@ -236,7 +237,7 @@ def _rests_on(turn: Turn[Any], key: str) -> bool:
 
 
 def _guarded(name: str, scope: str, function: Callable[[Any], Any], argument: Any) -> Any:
-    """Call code of the program in a turn: what it calls of an engine is refused."""
+    """Call code of the program in a turn. Calls that it makes to an engine are refused."""
     if get_ident() in IN_CALLBACK:
         return function(argument)
     return run_callback(name, scope, function, argument)
