@@ -1,4 +1,4 @@
-"""Progress of long commands: a bar on standard error, if that is a terminal; and how Ctrl-C ends them."""
+"""Progress of long commands: a bar on standard error if that is a terminal. Also how Ctrl-C ends such commands."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from scopestate.signals import join
 T = TypeVar("T")
 
 Unit = Callable[[int, int | None], str]
-"""Returns how much is done, of how much (None: not known), for people."""
+"""Takes how much is done, and the total (None: not known). Returns both as text for people."""
 
 REFRESHES_PER_S: Final = 5
 
@@ -31,17 +31,17 @@ def keys(done: int, total: int | None) -> str:
 
 
 def size(done: int, total: int | None) -> str:
-    """Return `1.2 MB/5.0 MB`, of bytes."""
+    """Return `1.2 MB/5.0 MB` for numbers of bytes."""
     return decimal(done) if total is None else f"{decimal(done)}/{decimal(total)}"
 
 
 def percent(done: int, total: int | None) -> str:
-    """Return `24 %`, for an estimated total: 100 % only if it is reached exactly."""
+    """Return `24 %`. For estimated totals: shows 100 % only if the total is reached exactly."""
     return f"{100 if done == total else min(100 * done // total, 99)} %" if total else ""
 
 
 class Advance:
-    """Records how much is done, and moves the bar if there is one. From any thread."""
+    """Records how much is done, and moves the bar if there is one. May be called from any thread."""
 
     def __init__(self, bar: Progress | None, doing: str, total: int | None) -> None:
         self.done = 0
@@ -66,7 +66,7 @@ class _Amount(ProgressColumn):
 
 @contextmanager
 def progress(doing: str, total: int | None, unit: Unit = keys) -> Iterator[Advance]:
-    """Show how far a command is, on standard error if that is a terminal. `total` None: it is not known."""
+    """Show the progress of a command on standard error, if that is a terminal. `total`: None if it is not known."""
     console = standard_error()
     if not console.is_terminal:
         yield Advance(None, doing, total)
@@ -83,9 +83,9 @@ def progress(doing: str, total: int | None, unit: Unit = keys) -> Iterator[Advan
 
 
 def run_beside(work: Callable[[], T], interrupt: Callable[[], object]) -> T:
-    """Call `work` on a thread of its own, and return its result. Ctrl-C ends it by `interrupt`.
+    """Call `work` on a new thread, and return its result. Ctrl-C calls `interrupt`, which must make `work` end.
 
-    For work in C code, in which Python handles no signals.
+    For work in C code, during which Python handles no signals.
     """
     results: list[T] = []
     errors: list[BaseException] = []
@@ -93,7 +93,7 @@ def run_beside(work: Callable[[], T], interrupt: Callable[[], object]) -> T:
     def run() -> None:
         try:
             results.append(work())
-        except BaseException as error:  # noqa: BLE001 - it is raised where the result is expected
+        except BaseException as error:  # noqa: BLE001 - raised on the thread that waits for the result
             errors.append(error)
 
     thread = threading.Thread(target=run, name="scopestate-command", daemon=True)
@@ -112,7 +112,7 @@ def run_beside(work: Callable[[], T], interrupt: Callable[[], object]) -> T:
 
 @contextmanager
 def said_if_interrupted(left: object) -> Iterator[None]:
-    """Print what an interrupted command has left behind: the text of `left` at that moment."""
+    """If the command is interrupted, print `left` as text: what the command has left behind at that moment."""
     try:
         yield
     except KeyboardInterrupt:
@@ -122,7 +122,7 @@ def said_if_interrupted(left: object) -> Iterator[None]:
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end the command as Ctrl-C does, including cleaning up."""
+    """Make SIGTERM and SIGHUP end the command as Ctrl-C does, with its cleanup."""
 
     def end(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt

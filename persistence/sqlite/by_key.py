@@ -1,8 +1,8 @@
-"""Reading parts of a scope by key: for scopes that are too large to be loaded whole.
+"""Reads parts of a scope by key, for scopes that are too large to be loaded whole.
 
-The table `state` finds a row by the write that created its key. Two indices find it by its key and by its deadline.
-They are made when a scope with many keys is first read in part, as each new key costs one more row in them. A database
-that has them can be used by versions of scopestate that know nothing of them
+Rows of the table `state` are ordered by the write that created the key. Two indices find rows by key and by deadline.
+They are created when a scope with many keys is first read in part, not earlier, because they slow down the creation of
+keys. Versions of scopestate that do not know the indices can use a database that has them
 (docs/design/0081-scopes-larger-than-memory.md).
 """
 
@@ -40,7 +40,7 @@ _MORE: Final = (
     f" ON state.id BETWEEN extents.extent << {EXTENT_BITS} AND (extents.extent << {EXTENT_BITS}) + {EXTENT_MASK}"
     " WHERE scopes.scope = :scope AND scopes.due IS NULL LIMIT 1 OFFSET :most"
 )
-"""Has a row if a scope has more keys than `most`, and none of them has a deadline."""
+"""Returns a row if a scope has more than `most` keys, and none of them has a deadline."""
 _EXTENTS: Final = (
     "SELECT high, extent FROM scopes CROSS JOIN extents ON extents.scope = scopes.number"
     " WHERE scopes.scope = ? ORDER BY high"
@@ -65,7 +65,7 @@ _decode_names = msgspec.json.Decoder(list[str]).decode
 
 
 def make_indices(connection: sqlite3.Connection) -> None:
-    """Make the indices, in one transaction. About a second for a million keys."""
+    """Create the indices, in one transaction. Takes about a second for a million keys."""
     # On the disk: in memory, sorting the keys would take as much memory as they do.
     connection.execute("PRAGMA temp_store = FILE")
     connection.execute("BEGIN IMMEDIATE")
@@ -80,16 +80,19 @@ def make_indices(connection: sqlite3.Connection) -> None:
 
 
 class SavedKeys(StoredKeys):
-    """The keys of the scopes in a database. From any thread."""
+    """The keys of the scopes in a database. May be used from any thread."""
 
     def __init__(self, read: Run, make: Callable[[str, Callable[[sqlite3.Connection], None]], None]) -> None:
-        """`read` gives a connection that sees committed data only, `make` one that may write, for this once."""
+        """`read` calls a function with a connection that sees committed data only; `make` with one that may write."""
         self._read = read
         self._make = make
         self._ready = False
 
     def begin(self, scope: str, most: int) -> ScopeState | None:
-        """Return a scope without its keys, if it has more than `most`; None: load it whole. Raises StorageError."""
+        """Return the state of a scope without its keys; None: load the scope whole. Raises StorageError.
+
+        The result is not None if the scope has more than `most` keys and the indices exist or can be created.
+        """
         doing = f"load scope {scope!r}"
         if not self._read(doing, lambda connection: self._is_large(connection, scope, most)):
             return None
@@ -98,7 +101,7 @@ class SavedKeys(StoredKeys):
         return self._read(doing, lambda connection: _without_keys(connection, scope))
 
     def _is_large(self, connection: sqlite3.Connection, scope: str, most: int) -> bool:
-        """Tell whether a scope has more keys than `most`, and if so, note whether there are indices."""
+        """Return whether a scope has more than `most` keys; if so, note whether the indices exist."""
         if not connection.execute(_MORE, {"scope": scope, "most": most}).fetchall():
             return False
         if not self._ready:
@@ -107,7 +110,7 @@ class SavedKeys(StoredKeys):
         return True
 
     def _make_ready(self) -> bool:
-        """Make the indices. False if that is not possible: then scopes are loaded whole, as without this module."""
+        """Create the indices. Returns False if that is not possible: scopes are then loaded whole."""
         try:
             log.info("making indices for scopes with many keys, once for this store")
             self._make("make the indices for its keys", make_indices)
@@ -120,11 +123,11 @@ class SavedKeys(StoredKeys):
         return True
 
     def rows(self, scope: str, keys: Sequence[str]) -> dict[str, Row]:
-        """Return what is saved under these keys, where they exist. Raises StorageError for a row that is not JSON."""
+        """Return the rows of those of these keys that exist. Raises StorageError for a row that is not JSON."""
         return self._read(f"read keys of scope {scope!r}", lambda connection: _rows(connection, scope, keys))
 
     def keys(self, scope: str, within: Range, now_ms: int, besides: Container[str]) -> list[str]:
-        """Return the keys within a range, in its order, at most `limit`, without those that have expired."""
+        """Return the keys within a range, in its order, at most `limit`, without expired keys and those of `besides`."""
 
         def read(connection: sqlite3.Connection) -> list[str]:
             found: list[str] = []
@@ -143,7 +146,7 @@ class SavedKeys(StoredKeys):
         return self._read(f"read the keys of scope {scope!r}", read)
 
     def count(self, scope: str, within: Range, now_ms: int, besides: Sequence[str]) -> int:
-        """Return how many keys `keys` would return, whatever its limit."""
+        """Return how many keys `keys` would return without a limit."""
 
         def read(connection: sqlite3.Connection) -> int:
             count = 0
@@ -158,7 +161,7 @@ class SavedKeys(StoredKeys):
         return self._read(f"count the keys of scope {scope!r}", read)
 
     def each(self, scope: str, take: Callable[[str, Row], object]) -> None:
-        """Call `take` for each key with its row, in the order of creation, with those that have expired."""
+        """Call `take` with each key and its row, in the order of creation, including keys that have expired."""
 
         def read(connection: sqlite3.Connection) -> None:
             with _one_moment(connection):
@@ -176,7 +179,7 @@ def _without_keys(connection: sqlite3.Connection, scope: str) -> ScopeState:
 
 @contextmanager
 def _one_moment(connection: sqlite3.Connection) -> Iterator[None]:
-    """Have several statements read the database as of one moment."""
+    """Make several statements read the database as it is at one moment."""
     connection.execute("BEGIN")
     try:
         yield
@@ -186,12 +189,12 @@ def _one_moment(connection: sqlite3.Connection) -> Iterator[None]:
 
 
 def _extents(connection: sqlite3.Connection, scope: str) -> list[tuple[int, int]]:
-    """Return the extents of a scope, each with the higher bits of the numbers of its writes."""
+    """Return the extents of a scope, each with the high bits of its writes' numbers."""
     return connection.execute(_EXTENTS, (scope,)).fetchall()
 
 
 def _portions(keys: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Yield the keys in portions for which there are statements."""
+    """Yield the keys in portions of the sizes for which there are statements."""
     start = 0
     for count in _ASKED:
         while len(keys) - start >= count:
