@@ -26,7 +26,7 @@ A = TypeVar("A")
 log = Log("scopestate.persistence")
 
 LOADED_WHOLE: Final = 4_000
-"""A scope with at most this many keys is loaded whole at its first call, in about 5 ms: its turns then need no store."""
+"""A scope with at most this many keys is loaded whole at its first call, in about 5 ms; turns then need no store."""
 WORTH: Final = 200_000
 """After this many turns the whole scope is loaded. Turns are then as quick as those of a small scope."""
 _TURNS_OF_A_KEY: Final = 10

@@ -1,4 +1,4 @@
-"""The calls of a scope in Redis: how each ends, what it waits for, and the command that takes it there and back."""
+"""The calls of a scope in Redis, what they wait for and how they end, and the commands that contain them."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 
 class OneStep(NamedTuple):
-    """A turn that needs no read first: it wants only the value that it replaces."""
+    """A turn that needs no read first: its answer depends only on the value that it replaces."""
 
     entry: Callable[[Shape, Any], tuple[Any, ...]]
     """The turn's entry for the script."""
     after: Callable[[Any], bytes | None]
-    """What the key holds afterwards."""
+    """The value of the key afterwards."""
     answer: Callable[[Any, bytes | None, int], Any]
-    """Its answer, made of the value before and the revision; `decide` says the same, and a test holds the two equal."""
+    """Makes the answer from the value before and the revision. A test checks that `decide` gives the same answer."""
 
 
 ONE_STEP: Final[dict[type[Any], OneStep]] = {
@@ -44,7 +44,7 @@ ONE_STEP: Final[dict[type[Any], OneStep]] = {
 
 
 class Behind(Turn[None], frozen=True):
-    """Answered when every call that came before has ended; touches no key."""
+    """A turn that is answered when every call that came before it has ended. It touches no key."""
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -58,35 +58,35 @@ class Call(connections.Call):
     tries = 0
     """Attempts that failed because a key was changed elsewhere."""
     effects: Effects[Any] | None = None
-    """What the turn has decided, if that was before it was sent."""
+    """What the turn has decided, if it decided before the call was sent."""
     one_step: OneStep | None = None
-    """How it is done otherwise."""
+    """How the call is done otherwise."""
     looked: dict[str, Known] | None = None
-    """What its keys held when they were read for it."""
+    """Its keys and their values, as they were read for this call."""
     awaited = 0
-    """Replies to such reads that are still to come."""
+    """The number of replies to such reads that have not arrived yet."""
     sends_write = False
-    """True if the command that it is part of may write for it."""
+    """True if the command that contains this call may write for it."""
     view: EntryView | None = None
-    """What a turn has decided over that needs more than values."""
+    """The view that the turn has decided with, if it needs more than values."""
     now_ms = 0
-    """The server's time at the last read for it."""
+    """The server's time at the last read for this call, in milliseconds."""
     asks_kept = False
-    """True until the answer that is kept for it is here, the first of the replies that are awaited."""
+    """True until the reply with the kept answer has arrived, which is the first of the awaited replies."""
     replay: Replay | None = None
-    """That answer."""
+    """The kept answer."""
     repeats = 0
-    """How often its command was lost and it was sent again, as its idempotency key allows."""
+    """How often the call was sent again after its command was lost, as its idempotency key allows."""
 
     def __init__(self, turn: Any, reply_to: ReplyTo | None, depth: int) -> None:
-        # As that of its base, written out.
+        # The same as in the base class, inlined.
         self.message = turn
         self.keys: tuple[str, ...] | None = turn.keys
         self.reply_to = reply_to
         self.depth = depth
 
     def fail(self, error: Exception) -> None:
-        """End it with an error, worded for what it wanted."""
+        """End the call with an error, in the wording of its turn."""
         turn = self.message
         if isinstance(error, ConnectionLost):
             worded = ConnectionLost(turn.function_id, error.url, error.problem, may_be_applied=self.sends_write)
@@ -102,46 +102,46 @@ class Call(connections.Call):
 
 @final
 class Pause:
-    """Calls that wait for a time, because a key that the first of them writes was changed elsewhere."""
+    """Calls that wait until a time, because a key that the first of them writes was changed elsewhere."""
 
     __slots__ = ("calls", "due", "keys")
 
     def __init__(self, due: float) -> None:
         self.calls: deque[Call] = deque()
         self.due = due
-        """Seconds on the monotonic clock."""
+        """When the pause ends, in seconds on the monotonic clock."""
         self.keys: set[str] = set()
-        """Keys that they touch: later calls on these wait behind them."""
+        """Keys that these calls touch. Later calls on these keys wait for the pause too."""
 
 
 @final
 class Command:
-    """One command on its way to Redis and back. The owner of its scope alone decides what becomes of it."""
+    """One command that is sent to Redis, with its reply. Only the connection owner of its scope handles the result."""
 
-    # Defaults of the class, not of each instance.
+    # Defaults on the class, so that they are not set for each instance.
 
     reply: Any = None
-    """What Redis answered, a Refusal included."""
+    """The reply of Redis, which may be a Refusal."""
     error: ScopestateError | None = None
-    """Why there is no reply: NotConnected (nothing was sent), ConnectionLost (it may have been done)."""
+    """Why there is no reply: NotConnected (nothing was sent) or ConnectionLost (the command may have been executed)."""
     over = False
     """True once there is a reply or an error."""
     begun = False
-    """True once an owner has it: a second copy in an inbox counts for nothing."""
+    """True once an owner has the command. A second copy in an inbox is then ignored."""
     deadline = 0.0
-    """When it is given up if the server refuses to begin it. Seconds on the monotonic clock; set when first sent."""
+    """When to give up if the server refuses to begin it; set when it is first sent. Seconds on the monotonic clock."""
     not_before = 0.0
-    """When it was due to be sent again the last time."""
+    """When the last attempt to send it again was due."""
     since = 0.0
-    """When it began to wait for a connection."""
+    """Since when it has been waiting for a connection."""
     prefix = b""
-    """A command that must come right before it: `ASKING`, after a redirection."""
+    """A command that must be sent directly before this one: `ASKING`, after a redirection."""
     skips = 0
-    """Replies to that which are still to come."""
+    """The number of replies to `prefix` that have not arrived yet."""
     address = ""
     """The server that it was sent to."""
     via: RedisConnectionOwner | None = None
-    """What sends it."""
+    """The connection owner that sends it."""
 
     def __init__(
         self,
@@ -153,19 +153,19 @@ class Command:
         bulk: bool,
         data: bytes = b"",
     ) -> None:
-        """`data`: the parts as bytes to send, if they are packed already."""
+        """`data`: the packed command, if it was packed already; otherwise `parts` are packed."""
         self.scope = scope
         self.parts = parts
         self.data = data or pack_text(parts)
         self.calls = calls
-        """Those whose entries they are, one for each reply of the script."""
+        """The calls that the entries belong to, one for each reply of the script."""
         self.again = again
-        """Those that only read in this one, and those that must stay behind them, in order."""
+        """The calls that only read their keys with this command, and the calls that must stay after those, in order."""
         self.bulk = bulk or len(self.data) > BULKY
-        """True if it, or its reply, is large: it must not hold up the others."""
+        """True if the command or its reply is large. It then uses another connection, so as not to delay the others."""
 
     def once_more(self) -> Command:
-        """Return the same command to be sent another time: the server has said that it did not begin this one."""
+        """Return a copy of the command to send again, because the server has said that it did not begin this one."""
         other = Command.__new__(Command)
         other.__dict__.update(self.__dict__)
         other.reply, other.over, other.begun, other.skips = None, False, False, 0

@@ -1,7 +1,7 @@
 """The events that engines share through a cluster: one stream for each slot, read from the server that has the slot.
 
-A server says which streams have changed (`CLIENT TRACKING ... BCAST`), and these are read. What is said while there is
-no connection is made up for: after each new connection, the streams of all its slots are read
+A server announces which streams have changed (`CLIENT TRACKING ... BCAST`), and these are read. Announcements are lost
+while there is no connection, so after each new connection the streams of all slots of that server are read
 (docs/design/0080-redis-cluster.md).
 """
 
@@ -38,19 +38,19 @@ log = logging.getLogger("scopestate.persistence.redis")
 class SlotTail(Tail):
     """The position in the stream of one slot.
 
-    A thread that changes it holds `ClusterReader.exclusive`, or has set `is_busy` while it did: a check that asks the
-    server must not hold up the readers of other servers.
+    A thread that changes it holds `ClusterReader.exclusive`, or has set `is_busy` while it held that, because a check
+    that waits for the server must not delay the readers of other servers.
     """
 
     def __init__(self, streams: ClusterReader, slot: int) -> None:
         super().__init__(streams.shape.in_slot(slot), streams.published(slot))
         self.slot = slot
         self.is_busy = False
-        """True while it is checked: nothing else changes it."""
+        """True during a check. Nothing else changes the position then."""
         self.server = ""
-        """Where it was last read."""
+        """The server that the stream was last read from."""
         self.read_s = 0.0
-        """When something was read of it last; on the monotonic clock."""
+        """When an entry was last read from the stream, in seconds on the monotonic clock."""
         self._streams = streams
 
     @property
@@ -83,22 +83,22 @@ class SlotTail(Tail):
         return self._id
 
     def begin_at(self, counted: int, newest: list[Any], life: Life | None) -> None:
-        """Begin behind the newest entry."""
+        """Begin after the newest entry."""
         self._begin_behind(counted, newest)
         if life is not None:
             self.life = life
 
     def read_next(self, count: int) -> bytes:
-        """Return the command that reads what follows."""
+        """Return the command that reads the next entries."""
         return pack_text(("XREAD", "COUNT", str(count), "STREAMS", self._shape.stream, self._id))
 
     def take_in(self, connection: Tracked, entries: list[Any], *, here: bool) -> HandlerActor | None:
-        """Give these entries to handlers and watches. Return a handler that the caller must run."""
+        """Pass these entries to handlers and watches. Return a handler that the caller must run, if there is one."""
         self.read_s = time.monotonic()
         return self._take_in(connection, entries, here=here)[0]
 
     def check_commands(self) -> list[bytes]:
-        """Return the commands whose replies `fits` takes."""
+        """Return the commands whose replies are the arguments of `fits`."""
         stream = self._shape.stream
         return [
             pack_text(("GET", self._shape.counter)),
@@ -106,7 +106,7 @@ class SlotTail(Tail):
         ]
 
     def fits(self, counted: int, before: list[Any], published: int, wanted: int) -> bool:
-        """Return whether the stream is still the one that was read. `wanted`: the check that was asked for."""
+        """Return whether the stream is still the one that was read. `wanted`: the number of the requested check."""
         if counted < self._number or published > counted:
             return False
         if self._number and (
@@ -125,11 +125,11 @@ class SlotTail(Tail):
 
     @property
     def wanted(self) -> int:
-        """How often a check was asked for."""
+        """How many checks were requested."""
         return self._wanted
 
     def forget_old(self) -> None:
-        """Called from time to time: remember fewer of the entries that were read."""
+        """Forget some of the entries that were read. Called from time to time."""
         self._forget_old()
 
     def tell_all(self) -> None:
@@ -138,9 +138,9 @@ class SlotTail(Tail):
 
 
 class ClusterArrivals(Arrivals):
-    """Gives the events of all servers to the router. They get their positions here.
+    """Passes the events of all servers to the router, and gives them their positions.
 
-    The threads of the readers hold `ClusterReader.exclusive` when they come here: one at a time.
+    The readers' threads hold `ClusterReader.exclusive` when they call this, so one thread at a time does.
     """
 
     def __init__(self, adapter: RedisBackend, reader: ClusterReader, router: EventRouter) -> None:
@@ -153,7 +153,7 @@ class ClusterArrivals(Arrivals):
         feed.arrive(event.scope, position, lambda: state_event_of(entry_id, fields, position - event.number))
 
     def lose(self, slot: int, why: str) -> None:
-        """Changes of the scopes in a slot are missing: their watches, and those of many scopes, end with the reason."""
+        """End watches with a reason because changes in a slot are missing: those of its scopes, and of many scopes."""
         shape, feed = self._shape, self._router.feed
         feed.begin_anew(
             feed.store_id,
@@ -165,12 +165,12 @@ class ClusterArrivals(Arrivals):
 
 
 class ClusterReader:
-    """Reads the streams of all slots: `open`, `start`, `stop`, in this order."""
+    """Reads the streams of all slots. Call `open`, `start` and `stop`, in this order."""
 
     def __init__(self, servers: Clustered, options: RedisOptions, shape: Shape, read_life: Callable[[], Life]) -> None:
         """`read_life` returns the life of the whole cluster, and raises StorageError."""
         self.life = Life("", 0, 0)
-        """Which cluster this reads; known once it is open."""
+        """The life of the cluster that this reads; known once it is open."""
         self._read_life = read_life
         self.servers = servers
         self.options = options
@@ -187,8 +187,8 @@ class ClusterReader:
         self._published: dict[int, Published] = {}
         self._nodes: dict[ServerPool, NodeReader] = {}
         self.exclusive = threading.RLock()
-        """Held by a reader while it gives events to the router: many at a time, since a hand-over between threads takes
-        longer than an event."""
+        """Held by a reader while it passes events to the router. It passes many at a time, because passing the lock to
+        another thread takes longer than an event."""
         self._changing = threading.RLock()
         self._started = False
         self._stopped = threading.Event()
@@ -198,8 +198,8 @@ class ClusterReader:
     def open(self) -> None:
         """Connect to all primaries, and note where reading begins: everything written from now on is read.
 
-        One server is enough; what is published at the others until they are reached is missed, and reported. Raises
-        NotConnected, and StorageError if a server refuses it.
+        One server is enough. Events that are published at the others before they are reached are missed, and that is
+        reported. Raises NotConnected, and StorageError if a server refuses.
         """
         try:
             self._open()
@@ -221,14 +221,14 @@ class ClusterReader:
         self.life = self._read_life()
 
     def start(self, adapter: RedisBackend, router: EventRouter) -> Arrivals:
-        """Start reading, and return what gives the events to the router."""
+        """Start reading, and return the object that passes the events to the router."""
         self.outlet = ClusterArrivals(adapter, self, router)
         with self._changing:
             self._started = True
             for node in self._nodes.values():
                 node.start()
         for slot in list(self.unread):
-            self.hand_over(slot)  # one that has moved since
+            self.hand_over(slot)  # a slot that has moved since
         return self.outlet
 
     def stop(self) -> None:
@@ -275,7 +275,7 @@ class ClusterReader:
         return self.published(key_slot(hash_key))
 
     def catch_up_own(self, timeout_s: float | None) -> bool:
-        """Wait until the events of this engine's own writes are here; False if that took longer than `timeout_s`."""
+        """Wait until the events of this engine's own writes were read; False if that took longer than `timeout_s`."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         for slot, published in list(self._published.items()):
             if published.newest:
@@ -285,9 +285,9 @@ class ClusterReader:
         return True
 
     def catch_up(self, timeout_s: float) -> str | None:
-        """Wait until every change that was made by now was read, of the servers that can be reached.
+        """Wait until every change made so far was read from the servers that can be reached.
 
-        Return the address of a server that does not answer in time.
+        Return the address of a server that does not answer in time; None if all did.
         """
         deadline = time.monotonic() + timeout_s
         waiting = [(node, node.ask_barrier()) for node in list(self._nodes.values())]
@@ -309,27 +309,27 @@ class ClusterReader:
         return found
 
     def hand_over(self, slot: int, pool: ServerPool | None = None, *, asking: bool = False, after_s: float = 0) -> None:
-        """Have the stream of a slot read at a server: the one that has the slot, if none is named."""
+        """Ask for the stream of a slot to be read from a server: by default the one that has the slot."""
         with self._changing:
             node = self._node(pool or self.servers.pool_of(slot))
             if node is not None:
                 node.hand(slot, asking=asking, after_s=after_s)
 
     def have_checked(self, slot: int) -> None:
-        """Have the stream of a slot compared with what was read of it."""
+        """Ask for a check of a slot: whether its stream is still the one that was read."""
         with self._changing:
             node = self._node(self.servers.pool_of(slot))
             if node is not None:
                 node.hand(slot, check=True)
 
     def follow_map(self) -> None:
-        """The map of the slots may have changed: read from every server that has slots."""
+        """Read from every server that has slots, because the map of the slots may have changed."""
         with self._changing:
             for pool in self.servers.parts():
                 self._node(pool)
 
     def retire(self, node: NodeReader) -> bool:
-        """A server has no slots any more: return whether its reader may end."""
+        """Remove the reader of a server if that has no slots any more. Return whether the reader may end."""
         with self._changing:
             if node.pool in self.servers.parts() or node.has_work():
                 return False

@@ -1,4 +1,4 @@
-"""What watches in a cluster read of the streams: the changes of one scope behind a revision, or why they are gone."""
+"""The history that watches in a cluster read: the changes of one scope after a revision, or why they are gone."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ from scopestate.persistence.redis.script import Shape
 class ClusterHistory:
     """The streams as the journal of watches. Its methods may wait for a server, and raise StorageError.
 
-    The changes of different slots have no common order, so a cursor of many scopes is of use in the engine that gave
-    it, and there as long as its ring reaches back to it.
+    Changes in different slots have no common order. So a cursor of many scopes is valid only in the engine that gave
+    it, and only as far back as that engine's ring reaches.
     """
 
     def __init__(self, shape: Shape, visit: Callable[[bytes], AbstractContextManager[Connection]]) -> None:
-        """`visit` gives a connection to the server that has a key."""
+        """`visit` returns a connection to the server that has a key."""
         self._shape = shape
         self._visit = visit
 
     def read(self, after: int, upto: int | None = None, *, most: int = MOST_EVENTS) -> list[StateEvent]:
-        """Return nothing: `gone` has said so before."""
+        """Return no changes: `gone` has already reported that they are not known."""
         del after, upto, most
         return []
 
     def read_scope(
         self, scope: str, after: int, upto: int | None = None, *, most: int = MOST_EVENTS
     ) -> list[StateEvent]:
-        """Return the events of a scope behind the revision `after`, up to revision `upto`, in order.
+        """Return the events of a scope after the revision `after`, up to revision `upto`, in order.
 
         Their positions are 0.
         """
         found = self._of(scope).read_scope(scope, after, upto, most=most)
         for event in found:
-            event.position = 0  # engines give positions themselves: see `ClusterArrivals`
+            event.position = 0  # each engine numbers events itself: see `ClusterArrivals`
         return found
 
     def gone(self, epoch: int, position: int, *, scope: str | None = None, prefix: str = "") -> Gone | None:
-        """Return that the changes of many scopes behind a position are not known."""
+        """Return why changes of many scopes after a position are not known: the streams have no common order."""
         del epoch, position, scope, prefix
         return "trimmed"
 
@@ -58,11 +58,11 @@ class ClusterHistory:
         shape = self._shape_of(scope)
         with self._visit(shape.stream.encode()) as connection:
             base = read_life(connection, shape).base
-        # Revisions are about the time. The slot may have been flushed since: then its stream is complete, and new.
+        # Revisions are about the time. If the slot was flushed after it, its stream is new and complete.
         return "trimmed" if 0 < revision < base and not past.read_scope(scope, 0, revision, most=1) else None
 
     def oldest(self, scope: str) -> tuple[int, int] | None:
-        """Return None: that is not known without reading the stream."""
+        """Return None: this is not known without reading the stream."""
         del scope
         return None
 

@@ -1,7 +1,7 @@
-"""Reading the streams of the slots that one server of a cluster has.
+"""Reads the streams of the slots that one server of a cluster has.
 
-The server says which streams have changed, and these are read. After each new connection all of them are read, since
-what was said before is not known.
+The server announces which streams have changed, and these are read. After each new connection all streams of the server
+are read, because earlier announcements are not known.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ if TYPE_CHECKING:
 log = logging.getLogger("scopestate.persistence.redis")
 
 LOOK_EVERY_S: Final = 10.0
-"""How often each stream that is known is compared with what was read of it."""
+"""Seconds between checks whether each known stream is still the one that was read."""
 _AT_ONCE: Final = 500
-"""Streams that are read or checked together."""
+"""The most streams that are read or checked together."""
 _MOST_ENTRIES: Final = 2000
-"""Entries that are read together, at most."""
+"""The most entries that are read together."""
 _LATER_S: Final = 0.05
-"""Pause before a stream is read again whose server cannot say anything about it now."""
+"""Pause before a stream is read again that its server could not serve, in seconds."""
 _RECENT_S: Final = 0.2
-"""A stream of which something was read this recently may be announced once more for the same entries."""
+"""A stream that had new entries within this time may be announced again for the same entries. In seconds."""
 
 
 class NodeReader(ReadingThreads):
@@ -58,7 +58,7 @@ class NodeReader(ReadingThreads):
         self._due: dict[int, bool] = {}
         """Slots whose stream must be read -> whether the server must be told that the slot is moving to it."""
         self._unsure: dict[int, None] = {}
-        """Slots whose stream must be compared with what was read of it."""
+        """Slots to check: whether their streams are still those that were read."""
         self._handed: deque[tuple[float, int, bool, bool]] = deque()
         """From other threads: when to begin, slot, asking, check."""
         self._later: list[tuple[float, int, bool, bool]] = []
@@ -66,10 +66,10 @@ class NodeReader(ReadingThreads):
         self._bell.setblocking(False)
         self._ear.setblocking(False)
         self._barriers = self._passed = self._pinged = 0
-        """How many barriers were asked for, passed, and reached the server."""
+        """How many barriers were requested, how many were passed, and how many have reached the server."""
         self._has_passed = threading.Condition()
         self._begun_late = 0
-        """Slots that were begun late, and are not reported yet."""
+        """The number of slots whose reading began late, and that were not reported yet."""
         self._next_look = 0.0
         self._heard_s = 0.0
 
@@ -82,7 +82,7 @@ class NodeReader(ReadingThreads):
 
     @property
     def why_not(self) -> str | None:
-        """Why nothing is read now; None if it is."""
+        """Why this reader reads nothing now; None if it reads."""
         return self._why_not
 
     def open(self, slots: Collection[int]) -> None:
@@ -104,12 +104,12 @@ class NodeReader(ReadingThreads):
         self._start_threads()
 
     def interrupt(self) -> None:
-        """Have it end soon."""
+        """Make the reader end soon."""
         self._stopped.set()
         self._ring()
 
     def stop(self) -> None:
-        """Stop reading, and release what is open."""
+        """Stop reading, and close what is open."""
         self._stop_threads()
         with self._has_passed:
             self._has_passed.notify_all()
@@ -121,16 +121,16 @@ class NodeReader(ReadingThreads):
         self._ear.close()
 
     def hand(self, slot: int, *, asking: bool = False, check: bool = False, after_s: float = 0.0) -> None:
-        """Have a stream read here, or checked."""
+        """Ask for a stream to be read from this server, or to be checked."""
         self._handed.append((time.monotonic() + after_s, slot, asking, check))
         self._ring()
 
     def has_work(self) -> bool:
-        """True if streams were handed over that were not read yet."""
+        """True if streams were handed to this reader that it has not read yet."""
         return bool(self._handed or self._later or self._due or self._unsure)
 
     def ask_barrier(self) -> int:
-        """Have everything read that was written by now; return what to wait for."""
+        """Ask for everything written so far to be read. Return the number to pass to `wait_for_barrier`."""
         with self._has_passed:
             self._barriers += 1
             number = self._barriers
@@ -138,7 +138,7 @@ class NodeReader(ReadingThreads):
         return number
 
     def wait_for_barrier(self, number: int, timeout_s: float) -> bool:
-        """Wait until a barrier is passed, or the server cannot be reached: False if that takes longer."""
+        """Wait until a barrier is passed or the server cannot be reached; False if neither happens in `timeout_s`."""
 
         def is_over() -> bool:
             return self._passed >= number or self._why_not is not None or self._stopped.is_set()
@@ -147,7 +147,7 @@ class NodeReader(ReadingThreads):
             return self._has_passed.wait_for(is_over, timeout_s)
 
     def _ring(self) -> None:
-        with suppress(OSError):  # full: it rings already; or closed
+        with suppress(OSError):  # full, so it is ringing already, or closed
             self._bell.send(b"!")
 
     # ------------------------------------------------------------------------------------------ the reader's thread
@@ -171,7 +171,7 @@ class NodeReader(ReadingThreads):
             self._has_passed.notify_all()
 
     def _begin_with(self, connection: Tracked) -> None:
-        """Read the streams of all slots of this server: what was announced meanwhile is not known."""
+        """Read the streams of all slots of this server, because earlier announcements are not known."""
         streams = self._streams
         slots = streams.servers.parts().get(self.pool, ())
         late = [slot for slot in slots if slot in streams.unread]
@@ -187,7 +187,7 @@ class NodeReader(ReadingThreads):
         self._bring(connection)
         if self._pinged < self._barriers:
             barriers = self._barriers
-            # Twice: what is said of a change comes after the replies of the same round of the server's loop.
+            # Twice: the server announces a change after the replies of the same round of its event loop.
             connection.call("PING")
             connection.call("PING")
             self._bring(connection)
@@ -213,7 +213,7 @@ class NodeReader(ReadingThreads):
         return None
 
     def _bring(self, connection: Tracked) -> None:
-        """Take what the server has said, and what other threads have handed over."""
+        """Take in the announcements of the server, and the slots that other threads have handed over."""
         names, connection.changed = connection.changed, set()
         slot_of = self._streams.slot_of
         for name in names:
@@ -238,7 +238,7 @@ class NodeReader(ReadingThreads):
                     self._due[slot] = asking
 
     def _wait(self, connection: Tracked, now_s: float) -> bool:
-        """Wait until there is something to do, at most until the next look. Return whether the server has spoken."""
+        """Wait until there is something to do, at most until the next check. Return whether the server has sent data."""
         until_s = min([self._next_look, now_s + BLOCK_S, *(one[0] for one in self._later)])
         if not connection.readable():
             waiting = select.poll()
@@ -271,7 +271,7 @@ class NodeReader(ReadingThreads):
         if late:
             for slot in late:
                 del self._due[slot]
-            self._begin_late(connection, late)  # all of them before it is reported
+            self._begin_late(connection, late)  # all of them, before that is reported
         some = list(self._due.items())[:_AT_ONCE]
         for slot, _ in some:
             del self._due[slot]
@@ -314,7 +314,7 @@ class NodeReader(ReadingThreads):
         entries = next(iter(reply.values()))
         tail = self._streams.tail(slot)
         if tail.is_busy or tail.id != before:
-            # The reader of another server checks it, or has read it meanwhile.
+            # The reader of another server is checking it, or has read it in the meantime.
             self._later.append((time.monotonic() + _LATER_S, slot, False, False))
             return None
         tail.server = self.address
@@ -324,7 +324,7 @@ class NodeReader(ReadingThreads):
         return handler
 
     def _redirect(self, slot: int, refusal: Refusal) -> None:
-        """This server does not serve the stream now: have it read where it is."""
+        """Ask for the stream to be read from the server that has it now, because this one does not."""
         streams = self._streams
         if refusal.word in {"MOVED", "ASK"}:
             pool = streams.servers.named_by(refusal, self.address)
@@ -338,7 +338,7 @@ class NodeReader(ReadingThreads):
     # -------------------------------------------------------------------------------------------------------- checks
 
     def _begin_behind(self, connection: Tracked, slots: Collection[int]) -> list[int]:
-        """Note the newest events of slots of which nothing is known, and return these slots."""
+        """Note the newest events of slots whose position is not known, and return these slots."""
         streams = self._streams
         found: list[int] = []
         counted: dict[int, int] = {}
@@ -369,7 +369,7 @@ class NodeReader(ReadingThreads):
         return found
 
     def _begin_late(self, connection: Tracked, slots: Collection[int]) -> None:
-        """Begin to read streams whose server could not be reached when the engine was opened."""
+        """Begin to read the streams whose server could not be reached when the engine was opened."""
         streams = self._streams
         found = self._begin_behind(connection, slots)
         self._begun_late += len(found)
@@ -380,7 +380,7 @@ class NodeReader(ReadingThreads):
                 self._later.append((when_s, slot, False, False))
             else:
                 streams.hand_over(slot, after_s=_LATER_S)
-        # Reported when all of them are read: from then on nothing is missed.
+        # Reported when all of them are being read, because nothing is missed from then on.
         if self._begun_late and not mine & streams.unread:
             count, self._begun_late = self._begun_late, 0
             streams.losses.note(
@@ -397,7 +397,7 @@ class NodeReader(ReadingThreads):
         return replies
 
     def _check(self, connection: Tracked) -> None:
-        """Compare streams with what was read of them."""
+        """Check whether streams are still those that were read."""
         streams = self._streams
         some = [streams.tail(slot) for slot in list(self._unsure)[:_AT_ONCE]]
         commands: list[bytes] = []
@@ -436,7 +436,7 @@ class NodeReader(ReadingThreads):
             tail.is_busy = False
 
     def _look_around(self, connection: Tracked) -> None:
-        """Read the map of the slots, and have every stream of this server checked from which something was read."""
+        """Read the map of the slots, and ask for checks of all streams of this server that had entries."""
         streams = self._streams
         streams.servers.note_map(connection.call("CLUSTER", "SLOTS"), self.address.rpartition(":")[0])
         streams.follow_map()

@@ -1,4 +1,4 @@
-"""What the replies of Redis mean to the calls of one scope. No threads, sockets or clocks."""
+"""Turns the replies of Redis into the answers of one scope's calls. Uses no threads and no sockets."""
 
 from __future__ import annotations
 
@@ -38,27 +38,29 @@ if TYPE_CHECKING:
 log = Log("scopestate.scope")
 
 _PAUSE_S: Final = (0.001, 0.064)
-"""Longest pause after the first conflict of a turn, and after any; it is drawn at random from zero up."""
+"""Longest pause after the first conflict of a turn, and after any conflict. Each pause is random, from zero up."""
 _HOLD_S: Final = 0.02
 _REST_S: Final = 0.004
-"""How long an engine goes on updating a key that others update too, and how long it then leaves it to them. A caller
-that pauses must read before it compares, and what it has read is old by then if another engine never rests.
+"""How long an engine continues to update a key that others update too, and how long it then leaves the key to them.
+
+After a pause a caller must read the key before it compares. If another engine never rested, what was read would always
+be out of date by the time of the comparison.
 """
 _RIVALRY_S: Final = 1.0
-"""How long after its last conflict a key counts as one that others update too."""
+"""How long after its last conflict a key is taken to be updated by others too."""
 _MOST_RIVALRIES: Final = 1024
 
 MOST_REPEATS: Final = 3
-"""How often a call with an idempotency key is sent once more after its connection was lost."""
+"""How often a call with an idempotency key is sent again because its connection was lost."""
 _NO_LONGER_HELD: Final = "the delivery that this transaction acknowledges is over, or another engine has it now"
 _LOOKED: Final = 3
-"""Parts of the script's reply to `l`."""
+"""The number of parts of the script's reply to `l`."""
 
 
 class ScopeCommands(CommandMaker):
-    """Takes in the replies to the commands of one scope, and gives its calls their answers.
+    """Handles the replies to the commands of one scope, and answers its calls.
 
-    Used by the holder of its owner's claim, as `CommandMaker` is.
+    Used only by the thread that has the claim of the connection owner, as `CommandMaker` is.
     """
 
     def __init__(
@@ -71,24 +73,24 @@ class ScopeCommands(CommandMaker):
         clock: Callable[[], float] = time.monotonic,
         uniform: Callable[[float, float], float] | None = None,
     ) -> None:
-        """`changed(call, change, number)` is called for each change, in order. 0: changes have no number."""
+        """`changed(call, change, number)` is called for each change, in order. `number` is 0 if changes have none."""
         super().__init__(scope, store, limits, clock=clock)
         self._published = store.published_of(self.hash_key)
         self.due_ms: int | None = None
-        """The next deadline that is known of, in milliseconds by the server's clock."""
+        """The next deadline that is known, in milliseconds by the server's clock."""
         self.due_key: str | None = None
-        """The key that it belongs to, if that is known."""
+        """The key with this deadline, if it is known."""
         self.note_due: Callable[[], object] = lambda: None
-        """Called when a key has an earlier deadline than those before."""
+        """Called when a key gets an earlier deadline than `due_ms`."""
         self._number = 0
-        """The number of the next change of the command that is taken in."""
+        """The number of the next change of the command whose reply is being handled."""
         self._changed = changed
         self._uniform = uniform
         self._rivalries: dict[str, tuple[float, float]] = {}
-        """Key that others update too -> when to rest next (0: not set yet), and when it is over."""
+        """Key that others update too -> when to rest next (0: not set yet), and when it no longer counts as such."""
 
     def settle(self, command: Command, queue: list[Call], ended: list[Call]) -> None:
-        """Give the calls of a command that is over their answers. Those that must go again are put in front."""
+        """Answer the calls of a command that is over. Calls that must be sent again go to the front of `queue`."""
         reply = command.reply
         if command.error is not None:
             self.give_up(
@@ -99,12 +101,12 @@ class ScopeCommands(CommandMaker):
         elif command.calls[0].keys is None:
             self._finish_whole(command.calls, reply, ended)
         elif type(reply) is list:
-            # Not changed: a reply is taken in once more if that was interrupted.
+            # The reply must not be changed: it is handled once more if this is interrupted.
             if self._numbers:
                 self._number = int(reply[-1] or b"0")
             for call, found in zip(command.calls, reply, strict=False):
                 if call.one_step is not None and not call.done and (found is None or type(found) is bytes):
-                    self._finish_one_step(call, found, ended)  # as `_finish` does it: the frequent case
+                    self._finish_one_step(call, found, ended)  # the frequent case of `_finish`
                 else:
                     self._finish(call, found, ended)
             if self.publishes and (last := reply[len(command.calls)]):
@@ -115,7 +117,7 @@ class ScopeCommands(CommandMaker):
             queue[:0] = [call for call in command.again if not call.done]
 
     def _repeats(self, call: Call, error: ScopestateError, queue: list[Call]) -> bool:
-        """Send a call once more that may have been applied, if its idempotency key allows that."""
+        """Send a call again that may have been applied, if its idempotency key allows that; else return False."""
         if (
             type(error) is not ConnectionLost
             or call.done
@@ -134,12 +136,12 @@ class ScopeCommands(CommandMaker):
         return True
 
     def give_up(self, calls: Iterable[Call], error: Exception, ended: list[Call]) -> None:
-        """Fail the calls; nothing is known of the keys that they write."""
+        """Fail the calls, and forget what was seen of the keys that they write."""
         for call in calls:
             if call.done:
                 continue
             if type(call.message) is Behind:
-                call.done = True  # what came before has ended, with the same error
+                call.done = True  # the calls before it have ended, with the same error
             else:
                 call.fail(error)
             ended.append(call)
@@ -148,7 +150,7 @@ class ScopeCommands(CommandMaker):
                     self.seen.forget(key)
 
     def _refuse(self, command: Command, refusal: Refusal, ended: list[Call]) -> None:
-        """Fail the calls of a command that the server refuses: reads and writes are told what concerns them."""
+        """Fail the calls of a command that the server refuses, with different errors for reads and for writes."""
         address, parts = command.address, command.parts
         writes = [call for call in command.calls if call.message.writes]
         if writes:
@@ -158,11 +160,11 @@ class ScopeCommands(CommandMaker):
             self.give_up(command.calls, explain(refusal, address, self.hash_key, nothing=""), ended)
 
     def _finish(self, call: Call, found: Any, ended: list[Call]) -> None:
-        """Take in what the script, or HGET, says of one entry."""
+        """Handle the reply of the script, or of HGET, to one entry."""
         if type(found) is list and len(found) == _LOOKED:
             self._note_look(found)
         if call.done:
-            call.awaited = max(call.awaited - 1, 0)  # a key of it could not be read; or this was cut short before
+            call.awaited = max(call.awaited - 1, 0)  # a key of it could not be read, or this was interrupted before
         elif type(found) is int and found == SKIPPED:
             self._skip(call)
         elif type(found) is int and found == SLOW:
@@ -176,12 +178,12 @@ class ScopeCommands(CommandMaker):
         else:
             self._store.note_attempt()
             if type(found) is list and len(found) == _LOOKED:
-                found = None  # taken in before, when that was cut short: read again
+                found = None  # handled before, when this was interrupted: read again
             if type(found) is list:
                 if found[0] == KEPT:
                     self._finish_replay(call, found[1], ended)
                     return
-                # The key had a value whose deadline had passed: it was removed first.
+                # The key had a value whose deadline had passed. That was removed first.
                 (key,) = call.keys  # type: ignore[misc]  # it has one
                 self._expired(call, key, found)
                 found = DONE
@@ -199,7 +201,7 @@ class ScopeCommands(CommandMaker):
         if type(found) is list:
             self._expired(call, key, found)
             found = None
-        # A value that is not JSON reads as null here, and is gone: docs/reference/semantics.md, section 7.
+        # A value that is not JSON is given as null here, and was overwritten: docs/reference/semantics.md, section 7.
         old = None if found is None else self.seen.valid(key, found, otherwise=b"null")
         after = call.one_step.after(call.message)
         number = self._take_number()
@@ -210,31 +212,31 @@ class ScopeCommands(CommandMaker):
         self._changed(call, Change(key, old, after), number)
 
     def _note_look(self, found: list[Any]) -> None:
-        """Take in what the reply to `l` has beside the value."""
+        """Handle the parts of the reply to `l` that follow the value."""
         _, entry, now_ms = found
         self.note_time(now_ms)
         if entry:
             if self._number and revision_in(entry) == self._number:
-                self._number += 1  # the script has just given it, since another program had written the value
+                self._number += 1  # the script has just assigned it, because another program wrote the value
             if (deadline := deadline_in(entry)) is not None:
                 self._expect(deadline)
 
     def _take_number(self) -> int:
-        """Return the number of the next change that the script has made; 0 if changes have none."""
+        """Return the number of the next change that the script has made; 0 if changes have no numbers."""
         number = self._number
         if number:
             self._number = number + 1
         return number
 
     def _expired(self, call: Call, key: str, found: list[bytes]) -> None:
-        """A value was removed because its deadline had passed."""
+        """Handle the removal of a value whose deadline had passed."""
         raw, deadline = found
         old = self.seen.valid(key, raw, otherwise=b"null")
         self._has_deadlines = True
         self._changed(call, Change(key, old, None, int(deadline), True), self._take_number())
 
     def _finish_replay(self, call: Call, kept: bytes, ended: list[Call]) -> None:
-        """An earlier call with the same idempotency key has done it."""
+        """Answer a call that an earlier call with the same idempotency key has done."""
         replay = kept_in(kept)
         if type(call.message) is Commit:
             call.answer = replay
@@ -253,13 +255,13 @@ class ScopeCommands(CommandMaker):
         ended.append(call)
 
     def _skip(self, call: Call) -> None:
-        """An entry before it, on one of its keys, has failed: it waits behind that."""
+        """Make a call wait because an earlier entry on one of its keys has failed."""
         reads = call.awaited
         call.awaited = max(reads - 1, 0)
         waits = call.looked is None or call.message.writes
-        call.looked = None  # replies for its other keys are still to come: they count for nothing
+        call.looked = None  # replies for its other keys, which have not arrived yet, are ignored
         if reads and waits:
-            return  # it waits already, or goes again in any case
+            return  # it waits already, or is sent again in any case
         if not self._waits(call, call.keys or ()):
             self._pause(call, 0.0)  # the call that failed has been given up
 
@@ -276,7 +278,7 @@ class ScopeCommands(CommandMaker):
                 number = self._take_number()
                 told.append((one, number))
                 if call.view is None:
-                    # The deadline of an updated key is not known; a set on a condition has none.
+                    # The deadline of an updated key is not known. A set on a condition leaves no deadline.
                     self._remember(one.key, one.after, number if type(call.message) is SetWith else 0)
                     continue
             elif isinstance(one, Keep):
@@ -298,14 +300,14 @@ class ScopeCommands(CommandMaker):
             self._rest(call.keys or ())
 
     def _remember(self, key: str, after: bytes | None, number: int) -> None:
-        """Note what a plain write has stored. `number`: that of a write that has left the key without a deadline."""
+        """Note what a plain write has stored. `number`: its revision if it left the key without a deadline, else 0."""
         entry = b"%016d" % number if number else None  # as `number_text`
         self.seen.remember(key, NOTHING if after is None else (after, after, entry))
         if after is not None and self._whole_bytes is not None:
             self._whole_bytes += len(after)
 
     def _finish_read(self, call: Call, found: Any, ended: list[Call]) -> None:
-        """One key of a call was read. With the last of them a read has its answer, and a write may be decided."""
+        """Handle the reply for one key of a call. After the last key, answer a read, or let a write be decided."""
         looked, keys = call.looked, call.keys or ()
         call.awaited -= 1
         if looked is None:
@@ -345,7 +347,7 @@ class ScopeCommands(CommandMaker):
         ended.append(call)
 
     def _conflict(self, call: Call, ended: list[Call]) -> None:
-        """A key was changed elsewhere: read it anew after a pause, or give up."""
+        """Handle a key that was changed elsewhere: read it again after a pause, or give up."""
         self._store.note_conflict()
         call.tries += 1
         call.looked = None
@@ -357,19 +359,19 @@ class ScopeCommands(CommandMaker):
             self.seen.forget(key)
             self._rivalries[key] = (0.0, now + _RIVALRY_S)
         longest_s = min(_PAUSE_S[0] * 2.0 ** min(call.tries - 1, 32), _PAUSE_S[1])
-        # Later calls on its keys were skipped, and wait for the same pause.
+        # Later calls on its keys were skipped. They wait for the same pause.
         draw = self._uniform or random.uniform
         gives_up = call.tries >= self._store.update_attempts
         self._pause(call, now if is_commit else now + draw(0, longest_s), empty=gives_up or is_commit)
         if is_commit:
-            call.done = True  # the caller decides again
+            call.done = True  # the caller's thread decides again
             ended.append(call)
         elif gives_up:
             call.fail(_contended(self.name, call.keys or (), call.tries))
             ended.append(call)
 
     def _rest(self, keys: tuple[str, ...]) -> None:
-        """After a write of a key that others update too: leave it to them, from time to time."""
+        """From time to time, after a write of a key that others update too, leave the key to them for a while."""
         now = self._clock()
         for key in keys:
             if key not in self._rivalries:
@@ -381,7 +383,7 @@ class ScopeCommands(CommandMaker):
                 self._rivalries[key] = (now + _HOLD_S, over_at)
             elif now > rest_at and key not in self.paused:
                 self._rivalries[key] = (0.0, over_at)
-                self.seen.forget(key)  # it must be read afterwards
+                self.seen.forget(key)  # it must be read again afterwards
                 pause = self.paused[key] = Pause(now + _REST_S)
                 pause.keys.add(key)
                 self.pausing.append(pause)
@@ -405,7 +407,7 @@ class ScopeCommands(CommandMaker):
         ended.append(call)
 
     def _data_of(self, key: str, raw: bytes) -> bytes | None:
-        """Return a value as JSON; None if it is not JSON, which is reported."""
+        """Return a value as JSON. If it is not JSON, log that and return None."""
         try:
             return self.seen.valid(key, raw)
         except DeserializationError as error:
@@ -413,7 +415,7 @@ class ScopeCommands(CommandMaker):
             return None
 
     def _finish_sweep(self, call: Call, swept: list[Any]) -> Expired:
-        """Take in what was removed because its deadline had passed."""
+        """Handle the removal of keys whose deadline had passed."""
         now_ms, due_key, due, *gone = swept
         self.note_time(now_ms)
         for field, raw, deadline in zip(gone[::3], gone[1::3], gone[2::3], strict=True):

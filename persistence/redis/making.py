@@ -1,7 +1,7 @@
-"""What goes to Redis for the calls of one scope: their entries, formed into commands. No threads, sockets or clocks.
+"""Makes the commands for the calls of one scope: an entry for each call. Uses no threads and no sockets.
 
-An operation needs no line here: a turn says which keys it touches, and decides over their last seen values. What it
-decides is stored if those keys still hold what it has seen (docs/design/0034-one-owner-for-each-connection.md).
+A new operation needs no code here. A turn says which keys it touches, and decides with their values as last seen. Its
+changes are stored only if the keys still have those values (docs/design/0034-one-owner-for-each-connection.md).
 """
 
 from __future__ import annotations
@@ -41,21 +41,22 @@ if TYPE_CHECKING:
 
 _MOST_CALLS: Final = 256
 _MOST_BYTES: Final = 1 << 18
-"""Calls in one command, and about how many bytes of values: Redis runs it as one step, and does nothing else then."""
+"""The most calls in one command, and about how many bytes of values. While Redis runs it, it does nothing else."""
 _LARGEST_BYTES: Final = 512 << 20
-"""The largest value that a server takes (`proto-max-bulk-len` by default). A larger one would cost the connection, and
-with it the calls of everything else on it."""
+"""The largest value that a server accepts (the default of `proto-max-bulk-len`). With a larger one the server would
+close the connection, and all other calls on it would fail."""
 READ_ALL: Final = frozenset({turns.List, turns.Items})
-"""Turns that read the whole scope. Several of them share a command."""
+"""Turns that read the whole scope. Several such calls share one command."""
 _PLAIN: Final = frozenset({turns.Set, turns.Delete, turns.Update, turns.Get})
-"""Turns on one key that need no more than its value. In a scope with a rule, writes need more."""
+"""Turns on one key that need only its value. In a scope with a rule, writes need more."""
 
 
 class CommandMaker:
-    """Forms the commands of one scope, and holds back calls that must wait. Used by the holder of its owner's claim.
+    """Makes the commands of one scope, and holds back calls that must wait.
 
-    A scope has one command on its way at a time, and what comes meanwhile goes out as the next one, all together: so
-    calls take effect in the order in which they came, and many callers cost few round trips.
+    Used only by the thread that has the claim of the connection owner. A scope has one command in flight at a time.
+    Calls that arrive in the meantime go into the next command together, so calls take effect in the order in which they
+    came, and many callers need few round trips.
     """
 
     def __init__(
@@ -64,11 +65,11 @@ class CommandMaker:
         self.name = scope.scope
         self.hash_key = store.shape.key_of(scope.scope)
         self.command: Command | None = None
-        """The one on its way."""
+        """The command in flight."""
         self.paused: dict[str, Pause] = {}
         """Key -> the pause that calls on it wait for."""
         self.pausing: list[Pause] = []
-        """Pauses that have begun; the owner takes them from here, and ends each in time."""
+        """Pauses that have begun. The owner takes them from here, and ends each when it is due."""
         self.seen = Seen(scope.scope, store.note_misfit, store.note_fit)
         self.publishes = store.shares_events
         self.names = store.shape.names(self.hash_key)
@@ -76,19 +77,19 @@ class CommandMaker:
         self._head_of_set = store.shape.head_of_set(self.names)
         self._numbers = store.shape.numbers
         self._has_deadlines = False
-        """True once a key had a deadline, or keys were listed: then all writes go by the script for those."""
+        """True once a key had a deadline, or keys were listed. From then on, all writes use the general script."""
         self._ahead_ms: float | None = None
-        """How far the server's clock is ahead of this one; None: not known. Servers of a cluster differ."""
+        """How far the server's clock is ahead of this one, in milliseconds; None: not known. It differs by server."""
         self._limits = limits
         self._scope = scope
         self._store = store
         self._view = ValueView(scope.scope, limits)
         self._clock = clock
         self._whole_bytes: int | None = None
-        """About how many bytes the whole scope has; None: never read."""
+        """Approximate size of the whole scope in bytes; None: it was never read."""
 
     def make(self, queue: list[Call], most: int, ended: list[Call]) -> Command | None:
-        """Take calls from the front of `queue` that go together, and return their command.
+        """Take calls that can share a command from the front of `queue`, and return their command.
 
         None if there is nothing to send. Calls that end without being sent are added to `ended`.
         """
@@ -101,7 +102,7 @@ class CommandMaker:
             if not (call.gave_up or (reply_to is not None and reply_to.abandoned)):
                 keys = call.keys
                 if keys is None or (not keys and type(call.message) is not Look):
-                    # Behind everything that came before, on whatever key.
+                    # Must come after all earlier calls, on any key.
                     if self.paused or not making.may_end_with(call):
                         break
                     if keys is None:
@@ -121,7 +122,7 @@ class CommandMaker:
         return making.command() if making.calls else None
 
     def make_one(self, call: Call, ended: list[Call]) -> Command | None:
-        """As `make`, for a call that goes alone: those of callers that lead, and most under load from many scopes."""
+        """As `make`, for a single call: those of callers that lead, and most calls under load from many scopes."""
         keys = call.keys
         if not keys and type(call.message) is not Look:
             return self.make([call], 1, ended)
@@ -156,13 +157,13 @@ class CommandMaker:
     def entry(
         self, call: Call, keys: tuple[str, ...], known: dict[str, Known], kept: list[bytes], *, alone: bool = False
     ) -> Sequence[Any] | None:
-        """Return the script's entry that does a call; None if its keys must be read, for its answer or for that entry.
+        """Return the script's entry for a call; None if its keys must be read first, for its answer or for the entry.
 
-        `known`: what keys hold after the entries before it. `kept`: the keys of kept answers that entries name.
-        `alone`: it is the only entry, for `write_one`. Raises what refuses the call.
+        `known`: the values of keys after the entries before it. `kept`: the keys of kept answers that entries refer to.
+        `alone`: it is the only entry, for `write_one`. Raises the error that refuses the call.
         """
         turn = call.message
-        # As `_needs_entries`, written out.
+        # `_needs_entries`, inlined.
         if self._numbers and (type(turn) not in _PLAIN or (turn.writes and self._scope.rule is not NO_RULE)):
             if alone and not (self._has_deadlines or self.publishes):
                 entry = self._small_entry(call, keys)
@@ -174,7 +175,7 @@ class CommandMaker:
             call.one_step = one_step
             call.sends_write = True
             after = one_step.after(turn)
-            if rule.values is not None and after is not None:  # without revisions: else it has gone another way
+            if rule.values is not None and after is not None:  # without revisions; with them it does not come here
                 rule.values.check(keys[0], after)
             if after is None:
                 known[keys[0]] = NOTHING
@@ -198,13 +199,13 @@ class CommandMaker:
                 except ScopestateError:
                     if looked is not None:
                         raise
-                    call.sends_write = False  # it may be what was seen that is old
+                    call.sends_write = False  # the value that was seen may be outdated
         call.looked = {}
         call.awaited = len(keys)
         return None
 
     def _needs_entries(self, turn: Turn[Any]) -> bool:
-        """Return whether a turn needs more than values: revisions, deadlines, the time."""
+        """Return whether a turn needs more than values: revisions, deadlines or the time."""
         if not self._numbers:
             return False
         return type(turn) not in _PLAIN or (turn.writes and self._scope.rule is not NO_RULE)
@@ -219,7 +220,7 @@ class CommandMaker:
         return reads + [part for key in keys for part in ("l", key)]
 
     def _kept_index(self, turn: Turn[Any], kept: list[bytes]) -> int:
-        """Return the place of the key of a turn's kept answer, from 1; 0 if it has no idempotency key."""
+        """Return the place in `kept` of the key of a turn's kept answer, from 1; 0 if it has no idempotency key."""
         idempotency_key = idempotency_key_of(turn)
         if idempotency_key is None:
             return 0
@@ -227,7 +228,7 @@ class CommandMaker:
         return len(kept)
 
     def _small_entry(self, call: Call, keys: tuple[str, ...]) -> tuple[Any, ...] | None:
-        """Return the entry of a set on a condition that what was seen fulfils; None for everything else."""
+        """Return the entry of a set whose condition is met by the value that was seen; None for any other call."""
         turn, shape = call.message, self._store.shape
         if type(turn) is not SetWith or turn.if_revision is None or turn.deadline is not NO_DEADLINE:
             return None
@@ -279,7 +280,7 @@ class CommandMaker:
                 try:
                     effects = self._decided(turn, view)
                 except ScopestateError:
-                    # It may be what was seen that is old.
+                    # The values that were seen may be outdated.
                     if is_fresh:
                         raise
                 else:
@@ -323,37 +324,37 @@ class CommandMaker:
             return entry
         if turn.fence.setdefault("won", "turn") != "turn":
             raise Unsupported("the transaction of a delivery", "its attempt has ended before its turn came")
-        return [*turn.acks, *entry]  # with what acknowledges its delivery
+        return [*turn.acks, *entry]  # preceded by the acknowledgement of its delivery
 
     def _entry_view(self, known: dict[str, Known], now_ms: int) -> EntryView:
         return EntryView(self.name, self._store.store_id, self._limits, self._scope.rule, known, now_ms)
 
     def view_of_seen(self) -> EntryView:
-        """Return a view of what was seen, which may be old. From any thread."""
+        """Return a view of the values that were seen, which may be outdated. May be called from any thread."""
         now_ms = None if self._ahead_ms is None else self._time_ms()
         return EntryView(
             self.name, self._store.store_id, self._limits, self._scope.rule, {}, now_ms, recall=self.seen.get
         )
 
     def _time_ms(self) -> int:
-        """About the time of the server, in milliseconds since the epoch."""
+        """Return the approximate time of the server, in milliseconds since the epoch."""
         assert self._ahead_ms is not None
         return int(self._clock() * 1000 + self._ahead_ms)
 
     def server_ms(self, otherwise: int) -> int:
-        """Return about the time of the server, `otherwise` if it is not known."""
+        """Return the approximate time of the server; `otherwise` if it is not known."""
         return otherwise if self._ahead_ms is None else self._time_ms()
 
     def late_ms(self, deadline: int) -> int:
-        """Return how late it is for a deadline, in milliseconds by the server's clock."""
+        """Return the milliseconds that have passed since a deadline, by the server's clock."""
         return 0 if self._ahead_ms is None else max(0, self._time_ms() - deadline)
 
     def note_time(self, server_ms: int) -> None:
-        """Note the time of the server, which has just said it."""
+        """Note the time of the server, as it was in a reply that has just arrived."""
         self._ahead_ms = server_ms - self._clock() * 1000
 
     def _decided(self, turn: Turn[A], view: View) -> Effects[A]:
-        """Have a turn decide, by the rule of the scope. Raises what refuses it."""
+        """Return what a turn decides, under the rule of the scope. Raises the error that refuses it."""
         values = self._scope.rule.values
         return turn.decide(view) if values is None or type(turn) is Look else values.decide(turn, view)
 
@@ -403,7 +404,7 @@ class CommandMaker:
         return shape.read_all(self.names)
 
     def _waits(self, call: Call, keys: tuple[str, ...]) -> bool:
-        """Put a call behind the pause of one of its keys; False if none of them pauses."""
+        """Make a call wait for the pause of one of its keys. Return False if none of its keys is paused."""
         pause = next((self.paused[key] for key in keys if key in self.paused), None)
         if pause is None:
             return False
@@ -412,13 +413,13 @@ class CommandMaker:
         return True
 
     def _extend(self, pause: Pause, keys: Iterable[str]) -> None:
-        """Later calls on `keys` wait for this pause too."""
+        """Make later calls on `keys` wait for this pause too."""
         for key in keys:
             if self.paused.setdefault(key, pause) is pause:
                 pause.keys.add(key)
 
     def resume(self, pause: Pause, queue: list[Call]) -> None:
-        """A pause is over: its calls go next. Once too often does no harm."""
+        """End a pause: its calls go next. Calling this twice does no harm."""
         for key in pause.keys:
             if self.paused.get(key) is pause:
                 del self.paused[key]
@@ -426,7 +427,7 @@ class CommandMaker:
         queue[:0] = calls
 
     def _pause(self, call: Call, due: float, *, empty: bool = False) -> None:
-        """Let the call wait, in front of whatever waits for its keys already. `empty`: only the others wait."""
+        """Make a call wait, before the calls that already wait for its keys. `empty`: only those calls wait."""
         pause = Pause(due)
         for key in call.keys or ():
             other = self.paused.get(key)
@@ -445,26 +446,26 @@ class CommandMaker:
 
 
 class _Making:
-    """One command for several calls while it is made."""
+    """One command for several calls, while it is being made."""
 
     def __init__(self, maker: CommandMaker) -> None:
         self._maker = maker
         self._entries: list[Any] = []
         self._known: dict[str, Known] = {}
-        """What keys hold after the entries so far."""
+        """Values of keys after the entries so far."""
         self._kept: list[bytes] = []
-        """The keys of the kept answers that entries name."""
+        """The keys of the kept answers that entries refer to."""
         self._held: set[str] = set()
-        """Keys that are read first in this command, and those of the calls that wait for that."""
+        """Keys that this command only reads, and the keys of the calls that wait for these reads."""
         self._depth = 0
         self.calls: list[Call] = []
         self.again: list[Call] = []
         self.whole = False
-        """True if it is a read of the whole scope, for each of the calls."""
+        """True if every call is a read of the whole scope."""
         self.size = 0
 
     def may_end_with(self, call: Call) -> bool:
-        """Whether a call that concerns no key in particular may be part of this command."""
+        """Return whether a call that names no keys may be part of this command."""
         if self.calls or self.again:
             return self.whole and type(call.message) in READ_ALL and type(self.calls[0].message) in READ_ALL
         return True
@@ -474,11 +475,11 @@ class _Making:
         held, maker = self._held, self._maker
         if held and not held.isdisjoint(keys):
             held.update(keys)
-            self.again.append(call)  # behind one that reads first
+            self.again.append(call)  # after a call that must read first
             return True
         try:
             entry = maker.entry(call, keys, self._known, self._kept)
-        except Exception as error:  # noqa: BLE001 - a bug as well: its caller gets it, and the others go on
+        except Exception as error:  # noqa: BLE001 - even a bug: only its caller gets the error, and the other calls continue
             call.fail(error)
             return False
         if entry is None:
@@ -488,7 +489,7 @@ class _Making:
             self._entries += maker.reads(call, keys, self._kept)
             self.calls += [call] * call.awaited
             return True
-        if call.depth is not self._depth and maker.publishes:  # those of two traces are equal numbers
+        if call.depth is not self._depth and maker.publishes:  # depths of two traces can be equal numbers
             self._depth = call.depth
             self._entries += ("p", _depth_text(call.depth))
         self._entries += entry
@@ -507,7 +508,7 @@ def _depth_text(depth: int) -> str:
 
 
 def _stored(values: dict[str, Known], changes: tuple[Change, ...]) -> tuple[Any, ...]:
-    """Return the script's entry that makes the changes if the keys still hold `values`."""
+    """Return the script's entry that makes the changes if the keys still have `values`."""
     entry: list[Any] = ["t", str(len(values)), str(len(changes))]
     for key, (raw, _, _) in values.items():
         entry += (key, "0", "") if raw is None else (key, "1", raw)

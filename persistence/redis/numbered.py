@@ -1,8 +1,8 @@
 """The scripts of scopes with revisions, and how their commands are made (docs/design/0040-redis-revisions.md).
 
-As in `script.py`, Python computes every value; a script compares and stores, and reads before it writes: a command is
-done whole, or not at all. Each change takes the next number, which is at least the time of the engine in microseconds:
-so numbers rise, and never repeat, even where Redis has lost the last ones.
+As in `script.py`, Python computes every value. A script only compares and stores, and it reads before it writes, so a
+command is executed whole or not at all. Each change takes the next number, which is at least the time of the engine in
+microseconds. So numbers rise and never repeat, even if Redis has lost the last ones.
 """
 
 from __future__ import annotations
@@ -553,14 +553,14 @@ return scan[1]
 DONE: Final = 1
 SKIPPED: Final = 2
 SLOW: Final = 3
-"""The reply of `SET_ONE` for what it cannot do: nothing was done, `WRITES` does it."""
+"""The reply of `SET_ONE` to an entry that it cannot do. Nothing was done; `WRITES` must do it."""
 KEPT: Final = 4
 NOT_HELD: Final = 5
-"""The reply to a transaction that acknowledges a delivery which another engine has by now."""
+"""The reply to a transaction that acknowledges a delivery which another engine holds by now."""
 
 
 _ONE: Final = frozenset({"s", "n", "c", "r", "q"})
-"""Entries that `SET_ONE` and `COMMIT` do. Only these do `r` and `q`."""
+"""Entries that `SET_ONE` and `COMMIT` can do. Only these two do `r` and `q`."""
 
 
 class NumberedShape(Shape):
@@ -582,12 +582,12 @@ class NumberedShape(Shape):
         self._wall_ns = wall_ns
 
     def names(self, hash_key: bytes) -> tuple[bytes, ...]:
-        """Return the keys of a scope: its hash, and what is beside it."""
+        """Return the Redis keys of a scope: its hash and those beside it."""
         prefixes = (sidecar.PREFIX, sidecar.DUE_PREFIX, sidecar.INDEX_PREFIX)
         return hash_key, *[sidecar.beside(prefix, hash_key) for prefix in prefixes]
 
     def set_entry(self, key: str, data: bytes) -> tuple[Any, ...]:
-        # As `sidecar.digest_if_large`, written out: every plain set comes this way.
+        # `sidecar.digest_if_large`, inlined, because every plain set comes here.
         return "s", key, data, sidecar.digest_of(data) if len(data) >= sidecar.CLIENT_DIGEST_BYTES else b""
 
     def head_of_set(self, names: tuple[bytes, ...]) -> bytes:
@@ -615,7 +615,7 @@ class NumberedShape(Shape):
         return "EVALSHA", _RANGE, "4", *names, self._number(), kind, *bounds, "1" if within.reverse else "", limit
 
     def build_index(self, names: tuple[bytes, ...], cursor: bytes) -> tuple[Any, ...]:
-        """Return the parts of the command that does one step of making the index of the keys."""
+        """Return the parts of the command that does one step of building the index of the keys."""
         return "EVALSHA", _BUILD, "4", *names, self._number(), cursor
 
     def _number(self) -> bytes:
@@ -635,7 +635,7 @@ class NumberedShape(Shape):
         return "EVALSHA", _SET_ONE, "2", names[0], names[1], key, after, number, digest, kind, *expected
 
     def swap_entry_of(self, key: str, raw: bytes, number: bytes, after: bytes) -> tuple[Any, ...]:
-        """Return the entry that sets a key if it has this value, and its last change this number. For `write_one`."""
+        """Return the entry that sets a key if it has the value `raw` and the revision `number`. For `write_one`."""
         return "r", key, raw, number, after, sidecar.digest_if_large(after)
 
     def write(
@@ -647,9 +647,9 @@ class NumberedShape(Shape):
 
 
 def packed_set(head: bytes, parts: tuple[Any, ...]) -> bytes:
-    """Return the command of `write_one` for one plain set as the bytes to send; `head` is that of its scope.
+    """Return the command of `write_one` for one plain set as the bytes to send. `head`: that of its scope.
 
-    hiredis, which packs every other command, takes twice as long: it was a tenth of the time of a set.
+    hiredis packs every other command. It takes twice as long, which was a tenth of the time of a set.
     """
     key, data, number, digest = parts[5:]
     name = key.encode()

@@ -1,4 +1,4 @@
-"""The connection owner for Redis: commands of scopes, whose replies come in the order in which they were sent."""
+"""The connection owner for Redis. Replies come in the order in which commands were sent."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from scopestate.persistence.redis.scope import RedisScope
 
 _ELSEWHERE: Final = Refusal("ELSEWHERE another server has the key by now")
-"""In the place of a reply, for a command that was not sent: this server cannot be reached."""
+"""Used as the reply to a command that was not sent because this server cannot be reached."""
 _NOT_BEGUN: Final = PASSING | {"NOSCRIPT", "MOVED", "ASK", "READONLY", "ELSEWHERE"}
 """Refusals after which a command may be sent again."""
 
 
 class Routes(Protocol):
-    """Where a command is sent. From any thread; never blocks."""
+    """Decides where a command is sent. May be called from any thread; never blocks."""
 
     moves: bool
     """True if keys move between servers."""
@@ -37,17 +37,18 @@ class Routes(Protocol):
         """Return the owner for the small commands of a hash."""
 
     def via(self, command: Command) -> RedisConnectionOwner:
-        """Return what sends this command: another connection if it is large."""
+        """Return the owner that sends this command. A large command uses another connection."""
 
     def redirect(self, command: Command, refusal: Refusal) -> RedisConnectionOwner:
-        """Return what sends a command after MOVED or ASK, and set its `prefix`."""
+        """Return the owner that sends a command after MOVED or ASK, and set the command's `prefix`."""
 
 
 class RedisConnectionOwner(ConnectionOwner["RedisScope | Command", Call, Connection]):
     """Drives one connection to Redis.
 
-    What is posted: scopes with calls in their mailboxes, commands for this connection, and commands of scopes here that
-    are over. A command is sent once. It is sent again only if the server said that it had not begun it.
+    Three kinds of things are posted: scopes with calls in their mailboxes, commands for this connection, and finished
+    commands of this owner's scopes. A command is sent once. It is sent again only if the server said that it had not
+    begun it.
     """
 
     peer = "Redis"
@@ -64,9 +65,10 @@ class RedisConnectionOwner(ConnectionOwner["RedisScope | Command", Call, Connect
         *,
         fails_over: bool = False,
     ) -> None:
-        """`routes`: where there is more than this connection.
+        """`routes`: given if there are other connections too.
 
-        `fails_over`: another server may become the primary, so a read-only one is left and the target dialled anew.
+        `fails_over`: another server may become the primary. So if a server is read-only, its connection is closed, and
+        the target is dialled again.
         """
         super().__init__(target, TimeLimits(options.call_timeout_s, options.connect_wait_s), means)
         self._routes = routes
@@ -75,14 +77,14 @@ class RedisConnectionOwner(ConnectionOwner["RedisScope | Command", Call, Connect
         self._under_way: deque[Command] = deque()
 
     def leads_for(self, scope: RedisScope) -> bool:
-        """True while a caller does a call of this scope on its own thread."""
+        """True while a caller executes a call of this scope on its own thread."""
         led = self._led
         return led is not None and led.scope is scope
 
     # ---------------------------------------------------------------------------------------------------------- callers
 
     def _lead(self, scope: RedisScope, call: Call) -> bool:
-        """Do a call here. False: it must be queued. With `call.lock` set, it has gone to the I/O thread on the way."""
+        """Execute a call on this thread. False: it must be queued. With `call.lock` set, the I/O thread has taken it."""
         connection = self._connection
         if connection is None or self._leaving or self._under_way or self._inbox or self._ready or not scope.is_idle:
             return False
@@ -99,8 +101,8 @@ class RedisConnectionOwner(ConnectionOwner["RedisScope | Command", Call, Connect
                 if via is not self:
                     self._hand_over(command, call, via)
                     return True
-            # Looked at each time, for half a microsecond: whether a write that went into a dead connection was applied
-            # cannot be known.
+            # Checked each time, which takes half a microsecond, because it cannot be known whether a write to a dead
+            # connection was applied.
             if connection.is_stale():
                 self._drop_idle(connection)
                 self._hand_over(command, call, self)
@@ -121,14 +123,14 @@ class RedisConnectionOwner(ConnectionOwner["RedisScope | Command", Call, Connect
             commands.settle(command, queue, ended)
             self._led = None
             if not call.done and not queue:
-                arm(call)  # it pauses
+                arm(call)  # the call pauses
             if commands.pausing:
                 self._schedule(scope)
             if call.done or not queue:
                 return True
 
     def _hand_over(self, command: Command, call: Call, via: RedisConnectionOwner) -> None:
-        """Leave a command that this caller cannot end itself to the I/O threads."""
+        """Pass a command that this caller cannot finish itself to the I/O threads."""
         arm(call)
         command.via = via
         command.scope.commands.command = command
@@ -139,7 +141,7 @@ class RedisConnectionOwner(ConnectionOwner["RedisScope | Command", Call, Connect
         led = self._led
         if led is not None:
             if not led.over:
-                # Its reply may still come, and would be taken for another's.
+                # The reply may still arrive, and would be taken for that of another command.
                 connection, self._connection = self._connection, None
                 if connection is not None:
                     connection.close()
@@ -149,7 +151,7 @@ class RedisConnectionOwner(ConnectionOwner["RedisScope | Command", Call, Connect
             self._inbox.append(led)
             self._led = None
         elif (command := commands.command) is not None:
-            (command.via or self).post(command)  # a second copy counts for nothing
+            (command.via or self).post(command)  # a second copy is ignored
         for pause in dict.fromkeys(commands.paused.values()):
             self._push(pause.due, (scope, pause))
 
@@ -166,7 +168,7 @@ class RedisConnectionOwner(ConnectionOwner["RedisScope | Command", Call, Connect
 
     def _sort_in(self, item: RedisScope | Command, now: float) -> None:
         if type(item) is not Command:
-            if not item.listed and item.commands.command is None:  # as `_list`, written out
+            if not item.listed and item.commands.command is None:  # `_list`, inlined
                 item.listed = True
                 item.since = now
                 self._ready.append(item)
@@ -179,7 +181,7 @@ class RedisConnectionOwner(ConnectionOwner["RedisScope | Command", Call, Connect
             self._ready.append(item)
 
     def _list(self, scope: RedisScope, now: float) -> None:
-        """Have a scope asked for its next command, unless it has one on its way."""
+        """Put a scope on the list of those to ask for a command, unless it has a command in flight."""
         if not scope.listed and scope.commands.command is None:
             scope.listed = True
             scope.since = now
@@ -194,7 +196,7 @@ class RedisConnectionOwner(ConnectionOwner["RedisScope | Command", Call, Connect
             self._list(scope, now)
 
     def _schedule(self, scope: RedisScope) -> None:
-        """See that the pauses that have begun end."""
+        """Schedule the end of the pauses that have begun."""
         pausing = scope.commands.pausing
         while pausing:
             pause = pausing[-1]
@@ -218,7 +220,7 @@ class RedisConnectionOwner(ConnectionOwner["RedisScope | Command", Call, Connect
         return command.data
 
     def _next_of(self, scope: RedisScope) -> Command | None:
-        """Return the next command of a scope, if it goes by this connection."""
+        """Return the next command of a scope, if this connection sends it."""
         scope.listed = False
         command = scope.next_command(self, self.over)
         if command is not None:
@@ -261,7 +263,7 @@ class RedisConnectionOwner(ConnectionOwner["RedisScope | Command", Call, Connect
                 command.scope.owner.post(command)
 
     def _end(self, command: Command) -> None:
-        """A command is over: the owner of its scope takes it in."""
+        """Pass a finished command to the owner of its scope."""
         command.over = True
         home = command.scope.owner
         if home is self:
@@ -270,7 +272,7 @@ class RedisConnectionOwner(ConnectionOwner["RedisScope | Command", Call, Connect
             home.post(command)
 
     def _take(self, command: Command) -> None:
-        """Take a command of one of this owner's scopes in, or send it again."""
+        """Handle a finished command of one of this owner's scopes, or send it again."""
         scope = command.scope
         commands = scope.commands
         if commands.command is not command:
@@ -292,7 +294,7 @@ class RedisConnectionOwner(ConnectionOwner["RedisScope | Command", Call, Connect
     # --------------------------------------------------------------------------------------------------------- refusals
 
     def _sends_again(self, command: Command, refusal: Refusal) -> bool:
-        """Send a command again that the server has not begun. False: the refusal is final."""
+        """Send a command again that the server has not begun. Returns False if the refusal is final."""
         word, now = refusal.word, self._clock()
         other, via, due = command.once_more(), command.via or self, now + AGAIN_S
         if word == "NOSCRIPT":
@@ -303,7 +305,7 @@ class RedisConnectionOwner(ConnectionOwner["RedisScope | Command", Call, Connect
         elif now >= command.deadline:
             return False
         elif self._routes is not None and self._moves and word in ("MOVED", "ASK"):
-            # At once the first time. But two servers that take each other for the owner must not keep us busy.
+            # At once the first time, later with a pause: two servers may each redirect to the other for a while.
             due = due if command.not_before else now
             via = self._routes.redirect(other, refusal)
         elif self._fails_over and word in ("READONLY", "MASTERDOWN"):
@@ -336,7 +338,7 @@ class RedisConnectionOwner(ConnectionOwner["RedisScope | Command", Call, Connect
         due = self._sent_at + self._call_timeout_s
         if due > now:
             return due
-        # Replies come in order: if this one is missing, so are those behind it.
+        # Replies come in order: if this one is missing, so are all later ones.
         self._lose(self._connection, Broken(f"no answer within {self._call_timeout_s:g} s"))
         return None
 
@@ -351,7 +353,7 @@ class RedisConnectionOwner(ConnectionOwner["RedisScope | Command", Call, Connect
     # ------------------------------------------------------------------------------------------------------ connections
 
     def _pass_on(self) -> None:
-        """Without a connection: give what is ready to the servers that have the keys by now; the rest waits on."""
+        """Called without a connection: pass what is ready to the servers that have the keys by now; the rest waits."""
         routes = self._routes
         if routes is None or not self._moves:
             return

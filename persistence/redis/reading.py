@@ -21,13 +21,13 @@ log = logging.getLogger("scopestate.persistence.redis")
 
 
 class ReadingThreads(ABC):
-    """One of two threads reads. If an event is for one idle handler, it runs that handler itself and lets the other
-    thread read. Waking a worker thread for it would take longer than the round trip. While a handler keeps one of the
-    two busy, events that the other one reads go to worker threads.
+    """One of two threads reads. If an event is for one idle handler, it runs that handler itself, and the other thread
+    reads. Waking a worker thread would take longer than the round trip. While one of the two runs a handler, events
+    that the other one reads go to worker threads.
     """
 
     def __init__(self, target: Any, options: RedisOptions, stream: str, patience_s: float) -> None:
-        """`target`: what is dialled. `stream`: for messages. `patience_s`: the longest wait for the server."""
+        """`target`: the server to dial. `stream`: named in messages. `patience_s`: the longest wait for the server."""
         self._target = target
         self._stream = stream
         self._patience_s = patience_s
@@ -38,7 +38,7 @@ class ReadingThreads(ABC):
         self._is_away = False
         """True while one of the two runs a handler."""
         self._is_proven = True
-        """False until this connection has returned something: if it breaks before, the next attempt waits."""
+        """False until this connection has returned something. If it breaks before that, the next attempt waits."""
         self._started = False
         self._ended = threading.Event()
         self._stopped = threading.Event()

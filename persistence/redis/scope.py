@@ -1,4 +1,4 @@
-"""Scopes that live in Redis, where other engines write them too."""
+"""Scopes in Redis, which other engines write too."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ if TYPE_CHECKING:
 log = Log("scopestate.scope")
 
 _STEPS: Final = RANGED | {Modify, Transact, DeleteRange, Once}
-"""Turns that take several commands, or may."""
+"""Turns that take several commands, or may take several."""
 _WITHOUT_REVISIONS: Final = frozenset({Set, Get, Delete, Update, List, Items, Behind})
-"""Turns that need nothing beside the hash: the frequent ones, which are not looked up further."""
+"""Turns that need nothing but the hash. They are the frequent ones, so they are not checked further."""
 _NEED_REVISIONS: Final = frozenset(
     {
         *(SetWith, UpdateWith, CheckedUpdate, DeleteWith, CompareAndSet, Modify, GetEntry, Ttl, Touch, Expire, Once),
@@ -64,8 +64,8 @@ _MAIN: Final = threading.main_thread()
 class RedisScope(ScopeActor):
     """One scope in Redis (docs/design/0034-one-owner-for-each-connection.md).
 
-    Its calls are checked here, on the thread of their callers. What becomes of them is the business of the owner of the
-    connection that it uses: it alone takes calls from the mailbox, and uses `commands`, `listed` and `since`.
+    Calls are checked here, on their callers' threads, and then handled by the owner of the connection that the scope
+    uses. Only that owner takes calls from the mailbox, and uses `commands`, `listed` and `since`.
     """
 
     def __init__(self, scope: str, around: Surroundings, store: RedisBackend) -> None:
@@ -76,7 +76,7 @@ class RedisScope(ScopeActor):
         self.owner = store.owner_of(self.commands.hash_key)
         self.mailbox: list[Call] = self._mailbox
         self.listed = False
-        """True while the owner has it among those to ask for a command."""
+        """True while this scope is on the owner's list of scopes to ask for a command."""
         self.since = 0.0
         """When it was listed. Seconds on the monotonic clock."""
         self._numbers = store.shape.numbers
@@ -89,7 +89,7 @@ class RedisScope(ScopeActor):
             return self._around.directory[self.scope].run(turn)
         if type(turn) in _STEPS and self._numbers:
             return self._run_steps(turn, event_depth.get())
-        # As `call`, written out.
+        # `call`, inlined.
         call = self._admitted(turn, None, event_depth.get())
         self.owner.call(self, call, self._around.limits.call_timeout_s)
         if call.error is not None:
@@ -97,7 +97,7 @@ class RedisScope(ScopeActor):
         return call.answer
 
     def call(self, turn: Turn[Any], depth: int) -> Any:
-        """Have a turn done by one command, and wait for its answer."""
+        """Execute a turn by one command, and wait for its answer."""
         call = self._admitted(turn, None, depth)
         self.owner.call(self, call, self._around.limits.call_timeout_s)
         if call.error is not None:
@@ -105,7 +105,7 @@ class RedisScope(ScopeActor):
         return call.answer
 
     def _run_steps(self, turn: Turn[Any], depth: int) -> Any:
-        """Do a turn that takes several commands, or runs a function of the program."""
+        """Execute a turn that takes several commands, or calls a function of the program."""
         if type(turn) in RANGED:
             return read_range(self, turn, depth)
         if has_function(turn):
@@ -114,7 +114,7 @@ class RedisScope(ScopeActor):
         return self.call(turn, depth)
 
     def read(self, turn: ReadRange, depth: int) -> Listed:
-        """Read a range, and make the index of the keys first if there is none."""
+        """Read a range. Builds the index of the keys first if it does not exist."""
         for _ in range(_INDEX_ATTEMPTS):
             found: Listed | None = self.call(turn, depth)
             if found is not None:
@@ -133,7 +133,7 @@ class RedisScope(ScopeActor):
         return self._around.limits.call_timeout_s
 
     def view_of_seen(self) -> EntryView:
-        """Return a view of what was seen, which may be old."""
+        """Return a view of the values that were seen, which may be outdated."""
         return self.commands.view_of_seen()
 
     def pause(self, seconds: float) -> None:
@@ -162,7 +162,7 @@ class RedisScope(ScopeActor):
         self.post(call)
 
     def _answer(self, turn: Turn[Any], reply: ReplyTo, depth: int) -> None:
-        """Do a turn on a worker thread, and answer it."""
+        """Execute a turn on a worker thread, and answer it."""
         token = event_depth.set(depth)
         try:
             reply.set(self.run(turn))
@@ -177,7 +177,7 @@ class RedisScope(ScopeActor):
                 return self.owner.passivate(lambda: self._housekeep(message))
             case Ping():
                 return BUSY
-            case _:  # flags are set, or nothing is done
+            case _:  # sets flags, or does nothing
                 return self._housekeep(message)
 
     def next_due(self) -> int:
@@ -188,11 +188,11 @@ class RedisScope(ScopeActor):
         return clock.now_ms() + max(0, due - self.commands.server_ms(clock.now_ms()))
 
     def _note_due(self) -> None:
-        """A key has an earlier deadline than any other that is known of."""
+        """Called when a key gets an earlier deadline than all that are known."""
         self._around.expiry.expect(self.scope, self.next_due())
 
     def post(self, item: Envelope) -> None:
-        # As that of its base, written out for the usual case, in which little waits: every queued call comes this way.
+        # The method of the base class, inlined for the usual case, in which little waits: every queued call comes here.
         if type(item) is Call:
             limits, waiting, size = self._around.limits, len(self._mailbox), item.message.size()
             if size > self._largest:  # noqa: PLR1730 - `max` takes a tenth of the time of this method
@@ -207,7 +207,7 @@ class RedisScope(ScopeActor):
         if type(item) is Call:
             call = item
         elif type(item.message) is Expire:
-            # Several engines may ask for it: the server removes each key once.
+            # Several engines may send this: the server removes each key once.
             call = Call(item.message, item.reply_to, 0)
             due_key = self.commands.due_key
             if due_key is not None and not self._store.shares_events:
@@ -225,7 +225,7 @@ class RedisScope(ScopeActor):
             self.owner.post_on_loop(self, call.loop)
 
     def enter(self, call: Call) -> None:
-        """Take a call whose caller waits for it. Raises Overloaded, and WouldDeadlock."""
+        """Accept a call whose caller waits for it. Raises Overloaded and WouldDeadlock."""
         self._refuse_own_turn()
         if get_ident() == _MAIN.ident and self._store.is_held_here():
             raise self._would_deadlock()
@@ -242,7 +242,7 @@ class RedisScope(ScopeActor):
         )
 
     def _admitted(self, turn: Turn[Any], reply: ReplyTo | None, depth: int) -> Call:
-        """Check a turn. Raises what refuses it: nothing was sent then."""
+        """Check a turn, and return its call. If this raises, nothing was sent."""
         if self._closed:
             self._refuse_if_closed(depth)
         if IN_CALLBACK:
@@ -261,7 +261,7 @@ class RedisScope(ScopeActor):
         return call
 
     def _refuse_revisions(self, turn: Turn[Any]) -> None:
-        """Raise Unsupported if a turn needs what is kept beside the hash."""
+        """Raise Unsupported if a turn needs the data that is kept beside the hash."""
         if type(turn) in _NEED_REVISIONS or (turn.writes and self.rule.needs_entries):
             asked = unwrapped(turn)
             raise Unsupported(
@@ -273,12 +273,12 @@ class RedisScope(ScopeActor):
 
     @property
     def is_idle(self) -> bool:
-        """True if a caller may lead: nothing waits here, and nothing is on its way."""
+        """True if a caller may lead: no call waits here, and no command is in flight."""
         commands = self.commands
         return not (self._mailbox or commands.command or commands.paused or self._passivated)
 
     def next_command(self, owner: RedisConnectionOwner, over: list[Call]) -> Command | None:
-        """Make the next command of the calls that wait."""
+        """Return the next command for the calls that wait."""
         self._batches += 1  # for `_refuse_bytes`
         mailbox = self.mailbox
         if self._passivated:
@@ -304,7 +304,7 @@ class RedisScope(ScopeActor):
             self.commands.give_up([call], error, self.owner.over)
 
     def _changed(self, call: Call, change: Change, number: int) -> None:
-        """Fire the event of a write, unless it comes from Redis. `number`: its revision; 0: it has none."""
+        """Fire the event of a write, unless events come from Redis. `number`: its revision; 0: it has none."""
         if self._store.shares_events:
             return
         if self._shut:

@@ -1,8 +1,8 @@
-"""Reads and writes of one scope as one command of Redis, and what its refusals mean.
+"""Reads and writes of one scope as one command of Redis, and the errors for its refusals.
 
 The pure Python turns compute every value; the script only compares and stores (docs/design/0030-redis.md). It reads
-before it writes: whatever can fail (a key of another type, no memory, a read-only server) fails before the first
-change, so a command is done whole or not at all.
+before it writes, so everything that can fail (a key of another type, no memory, a read-only server) fails before the
+first change: a command is executed whole or not at all.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from scopestate.errors import StorageError
 from scopestate.persistence.redis.connection import PASSING, Refusal
 from scopestate.persistence.redis.slots import tags
 
-# How an event is added. While there are durable triggers, `limit` has what the stream may hold, behind a `b` or a `p`.
-# Above that, `b` refuses writes, those of handlers at twice as many; `p` trims the stream, and a consumer that has not
-# read that far is paused. Nothing has been written when `is_full` refuses: it looks once in each command.
+# How an event is added. While there are durable triggers, `limit` is a `b` or a `p`, followed by the most entries of
+# the stream. Beyond that, `b` refuses writes, and those of handlers beyond twice as many; `p` trims the stream, and a
+# consumer that has not read that far is paused. `is_full` checks once in each command, before anything is written.
 LIMITED: Final = b"""
 local looked
 local function is_full()
@@ -43,8 +43,8 @@ local function add(event)
 end
 """
 
-# An event is over: `handled(it, engine, member)` forgets it, and lets its lane go on. False if the engine does not hold
-# it. Also in the script that writes, for a transaction that acknowledges a delivery.
+# `handled(it, engine, member)` removes an event that was handled, and lets its lane continue. It returns false if the
+# engine does not hold the event. The script that writes has it too, for a transaction that acknowledges a delivery.
 HANDLED: Final = b"""
 local function release_lane(it, lane)
   local first = redis.call(
@@ -87,12 +87,12 @@ end
 #   t expected changes ...    set and delete several fields, if several have the expected values: the two counts, then
 #                             for each of both kinds `field 1 value`, or `field 0 ''` for no value; a changed field is
 #                             an expected one as well
-#   p depth                   how many handlers deep what follows was caused; 0 until then; has no reply. The trace that
-#                             it is part of, if any, follows a space
-# Replies, one for each entry: the value that was there; for `n`, `c` and `t` DONE if it was as expected.
-# Once an `n`, `c` or `t` has failed, later entries of its fields are left undone and answered SKIPPED: they were made
-# behind it. Last, with shared events, the number of the newest event. An event that cannot be appended is not counted:
-# readers would take its number for an event that they have missed.
+#   p depth                   the depth of the entries that follow: how many handlers led to them; 0 before the first
+#                             `p`. After a space, the trace that they are part of, if any. Has no reply
+# Replies, one for each entry: the value before; for `n`, `c` and `t` DONE if the values were as expected.
+# Once an `n`, `c` or `t` has failed, later entries on its fields are not done and are answered SKIPPED, because they
+# were made after it. Last, with shared events, the number of the newest event. An event that cannot be appended is not
+# counted, because readers would take its number for an event that they have missed.
 SOURCE: Final = (
     b"""
 local hash, stream, counter, limit, kept = KEYS[1], KEYS[2], KEYS[3], KEYS[4], ARGV[1]
@@ -198,30 +198,31 @@ return replies
 DIGEST: Final = hashlib.sha1(SOURCE).hexdigest()  # noqa: S324 - the name that Redis gives a script
 
 SOURCES: Final[dict[str, bytes]] = {DIGEST: SOURCE}
-"""All scripts by their names; `numbered.py` adds its own."""
+"""All scripts by name. `numbered.py` adds its own."""
 
 DONE: Final = 1
 SKIPPED: Final = 2
 
 
 class Shape:
-    """How the commands of one adapter are made: names of keys, and whether events are published. Without revisions."""
+    """Makes the commands of one adapter: has the names of keys, and whether events are published. Without revisions."""
 
     numbers = False
     """True if each key has a revision."""
 
     stream: str
-    """The stream of events: field `n` number, `s` scope, `k` key, `o` old and `v` new value if any, `d` depth, `t`
-    trace if any, `r` revision, `x` deadline if it has expired, `m` how many more events of its transaction follow."""
+    """The key of the stream of events. Fields of an entry: `n` number, `s` scope, `k` key, `o` old and `v` new value if
+    any, `d` depth, `t` trace if any, `r` revision, `x` deadline if it has expired, `m` how many more events of its
+    transaction follow."""
     counter: str
-    """The number of the newest event."""
+    """The key that has the number of the newest event."""
     limit: str
-    """What the stream may hold while there are durable triggers: see `LIMITED`."""
+    """The key that has the limit of the stream while there are durable triggers: see `LIMITED`."""
     place: str
-    """How the names of all keys end that belong to this stream."""
+    """The end of the names of all keys that belong to this stream."""
 
     def __init__(self, key_prefix: str, *, events_kept: int = 0, clustered: bool = False) -> None:
-        """`events_kept`: how many a stream keeps; 0: none are published. `clustered`: each slot has a stream."""
+        """`events_kept`: how many events a stream keeps; 0: none are published. `clustered`: each slot has a stream."""
         self.key_prefix = key_prefix
         self.publishes = bool(events_kept)
         self._kept = str(events_kept)
@@ -234,7 +235,7 @@ class Shape:
         """In a cluster: the stream of each slot, its counter and its limit."""
 
     def in_slot(self, slot: int) -> Self:
-        """Return the shape of what is in one slot of a cluster."""
+        """Return the shape for one slot of a cluster."""
         other = copy.copy(self)
         other.place = f"{self.key_prefix}{{{tags()[slot]}}}"
         other.stream, other.counter, other.limit = other._event_keys = _event_keys(other.place)
@@ -246,7 +247,7 @@ class Shape:
         return self._event_keys if self.by_slot is None else self.by_slot[key_slot(hash_key)]
 
     def key_of(self, scope: str) -> bytes:
-        """The key of a scope's hash."""
+        """Return the key of a scope's hash."""
         return (self.key_prefix + scope).encode()
 
     def names(self, hash_key: bytes) -> tuple[bytes, ...]:
@@ -258,12 +259,12 @@ class Shape:
         return "s", key, data
 
     def head_of_set(self, names: tuple[bytes, ...]) -> bytes:
-        """Return the beginning of what `packed_set` of `numbered` packs for a scope; b"" if it packs nothing."""
+        """Return the `head` of a scope for `numbered.packed_set`; b"" if that cannot be used."""
         del names
         return b""
 
     def swap_entry(self, key: str, raw: bytes | None, after: bytes) -> tuple[Any, ...]:
-        """Return the entry that sets a key if it has the value `raw`; None: if it has none."""
+        """Return the entry that sets a key if it has the value `raw`; None: if it has no value."""
         return ("n", key, after) if raw is None else ("c", key, raw, after)
 
     def read(self, names: tuple[bytes, ...], key: str) -> tuple[Any, ...]:
@@ -281,7 +282,7 @@ class Shape:
     def write(
         self, names: tuple[bytes, ...], scope: str, entries: Sequence[Any], kept: Sequence[bytes] = ()
     ) -> tuple[Any, ...]:
-        """Return the parts of the command that does the entries. `kept`: the keys of kept answers that they name."""
+        """Return the parts of the command that does the entries. `kept`: the keys of kept answers they refer to."""
         if self.publishes:
             keys = (*names, *self.event_keys(names[0]))
             return ("EVALSHA", DIGEST, "4", *keys, self._kept, scope, *entries)
@@ -298,7 +299,7 @@ def keys_of(parts: tuple[Any, ...]) -> tuple[bytes | str, ...]:
 
 
 def with_source(parts: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return the command for a server that does not have the script; it does afterwards."""
+    """Return the command with the source of its script, for a server that does not have the script yet."""
     return ("EVAL", SOURCES[parts[1]], *parts[2:])
 
 
@@ -326,12 +327,12 @@ def explain(
 ) -> StorageError:
     """Return the error for a refusal that is final.
 
-    `keys`: what the command concerns, if it is about keys; the server does not say which of them it means. `nothing`:
-    what has not happened, "" for a read. `waited`: it was tried for `call_timeout_ms`, if it was worth waiting.
+    `keys`: the keys of the command, if it has any; the server does not say which of them it means. `nothing`: what has
+    not happened, "" for a read. `waited`: the command was retried for `call_timeout_ms`, if waiting could help.
     """
     word, text = refusal.word, refusal.text
     if word == "ERR":
-        # Redis 6 puts the word of a command that failed within a script further back.
+        # If a command within a script fails, Redis 6 puts the error's code later in the text.
         word = next((known for known in _MEANINGS if f" {known} " in text), word)
         if "ACL failure in script" in text:
             word = "NOPERM"

@@ -1,4 +1,4 @@
-"""The streams of a cluster: one for each slot, so that a write, its number and its event are one step there."""
+"""The streams of a cluster: one for each slot, so that a write, its number and its event are one step on its server."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _LETTERS: Final = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 @functools.cache
 def tags() -> tuple[str, ...]:
-    """Return a text for each slot, which as the tag of a key puts it there.
+    """Return a text for each slot. A key with this text as its hash tag is in that slot.
 
-    It is the first of that slot, by length and then by alphabet: part of the layout in Redis, so it never changes.
+    It is the first such text, by length and then by alphabet. It is part of the layout in Redis, so it never changes.
     """
     found: dict[int, str] = {}
     words = (word for length in itertools.count(1) for word in itertools.product(_LETTERS, repeat=length))

@@ -1,4 +1,4 @@
-"""How far one stream of events has been read, and what is done when it is no longer the stream that was read."""
+"""How far one stream of events has been read, and what happens if it is no longer the stream that was read."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Redis 7.0 does not remove all of a transaction that is cut off at the end of its
 of the next transaction, and takes effect when the file is loaded again: it counts events that are not in the stream.
 """
 COUNT: Final = 100
-"""Entries in one reply, at most."""
+"""The most entries in one reply."""
 BEGINNING: Final = b"0-0"
 _REMEMBERED: Final = 1000
 """Entries that are recognised after a fail-over. A replica is less far behind, or a gap is reported."""
@@ -43,7 +43,7 @@ class Published:
     def __init__(self) -> None:
         self.newest = 0
         self.latest = 0
-        """The number of the last one. If it is less, answers came out of order, or the numbers have started again."""
+        """The number noted last. If it is lower than `newest`, answers came out of order, or numbers have restarted."""
 
     def note(self, number: int) -> None:
         """Note the number of an event that this engine has published."""
@@ -97,7 +97,7 @@ class Tail(ABC):
     @property
     @abstractmethod
     def _outlet(self) -> Arrivals:
-        """What gets the events."""
+        """The object that gets the events."""
 
     @abstractmethod
     def note_loss(self, count: int, what: str) -> None:
@@ -227,7 +227,7 @@ class Tail(ABC):
     # -------------------------------------------------------------------------------------------------------- losses
 
     def _mend(self, connection: Connection, number: int) -> None:
-        """Report what is missing: the next event does not have the next number."""
+        """Report missing events: the event after the last one does not have the next number."""
         expected = self._number + 1
         where = f"the stream {self._shape.stream!r} of Redis at {self._server}"
         if number > expected:
@@ -252,7 +252,7 @@ class Tail(ABC):
         return recent[0][1] if forgets and recent else max(self._opened[1], 1)
 
     def _forget_old(self) -> None:
-        """Remember fewer entries: what came before the last call of this is on every replica by now."""
+        """Forget the entries that were read before the last call of this: by now every replica has them."""
         keep = max(self._number - self._number_then, _LEAST_REMEMBERED)
         self._number_then = self._number
         while len(self._recent) > keep:
@@ -269,7 +269,7 @@ class Tail(ABC):
         if not before and counted < self._number:
             self._begin_again(connection, where)
             return
-        # No entry up to it: it was trimmed, which the next number shows, or it is another stream.
+        # If there is no entry up to it, it was trimmed, which the next number will show, or this is another stream.
         if not before or (before[0][0] == self._id and number_of(before[0][1]) in (self._number, None)):
             if published > counted:
                 self._note_unread(published, counted, where)
@@ -283,7 +283,7 @@ class Tail(ABC):
             for entry_id, fields in before:
                 number = number_of(fields)
                 if place_of(entry_id) <= place_of(self._opened[0]):
-                    # All that was read is lost, and perhaps more. Entries from before reading began are not read.
+                    # All entries that were read are lost, and perhaps more. Those before reading began are not read.
                     number = self._opened[1] if number is None else min(number, self._opened[1])
                     self._opened = (entry_id, number)
                 elif number is None or known.get(entry_id) != number:
@@ -315,7 +315,7 @@ class Tail(ABC):
         )
 
     def _note_unread(self, published: int, counted: int, where: str) -> None:
-        """Report that events are gone which this engine has published and not read yet."""
+        """Report that events are gone that this engine has published and not read yet."""
         self._begin_anew(counted)
         self.note_loss(
             published - counted,

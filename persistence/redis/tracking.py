@@ -1,4 +1,4 @@
-"""Connections to a server of a cluster which says when keys change (`CLIENT TRACKING`)."""
+"""Connections on which a server of a cluster announces changes of keys (`CLIENT TRACKING`)."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 
 class Tracked(Connection):
-    """A connection on which the server says which keys have changed, between the replies."""
+    """A connection on which the server announces, between replies, which keys have changed."""
 
     def __init__(self, dialled: AbstractConnection, address: str, timeout_s: float) -> None:
         super().__init__(dialled, address, timeout_s)
         self.changed: set[bytes] = set()
-        """Keys that have changed, as far as the server has said."""
+        """Keys that have changed, as far as the server has announced."""
         self.forgotten = False
         """True if all keys may have changed: the database was flushed."""
         self._next = self.next_reply
@@ -37,7 +37,7 @@ class Tracked(Connection):
         return fd
 
     def take_pushes(self) -> None:
-        """Take in what the server has said. Raises Broken if there is a reply, of which none is awaited."""
+        """Take in the announcements of the server. Raises Broken if there is a reply, because none is expected."""
         if self._next_reply() is not NOT_ALL:
             raise Broken("the server has sent an unexpected answer")
 
@@ -53,7 +53,7 @@ class Tracked(Connection):
                     self.changed.update(reply[1])
 
     def exchange(self, command: bytes) -> Any:
-        """As of `Connection`, where one read may bring only what the server says."""
+        """As `Connection.exchange`, but a read may bring only announcements."""
         self.send(command)
         while (reply := self._next_reply()) is NOT_ALL:
             self.receive()
@@ -61,12 +61,12 @@ class Tracked(Connection):
 
 
 class Listener(Server):
-    """A server of a cluster, for connections on which it says which keys with a prefix have changed."""
+    """A server of a cluster, for connections on which it announces which keys with a prefix have changed."""
 
     def __init__(
         self, cluster: Clustered, options: RedisOptions, where: Where, prefix: str, follow: Callable[[], object]
     ) -> None:
-        """`follow` is called when the map of the cluster was read again."""
+        """`follow` is called after the map of the cluster was read again."""
         super().__init__(options, cluster.place_of(where))
         self._cluster = cluster
         self._where = where
@@ -74,14 +74,14 @@ class Listener(Server):
         self._follow = follow
 
     def dial(self) -> Tracked:
-        """Make a connection that tracks. Raises NotConnected, and then the map of the cluster was read again."""
+        """Make a connection with tracking. If it raises NotConnected, the map of the cluster was read again."""
         try:
             connection = super().dial()
         except NotConnected:
             self._cluster.refresh(but=self._where)
             self._follow()
             raise
-        assert isinstance(connection, Tracked)  # `wrapped` makes it
+        assert isinstance(connection, Tracked)  # made by `wrapped`
         try:
             connection.call("HELLO", "3")
             connection.call("CLIENT", "TRACKING", "ON", "BCAST", "PREFIX", self._prefix)
