@@ -238,7 +238,7 @@ class NodeReader(ReadingThreads):
                     self._due[slot] = asking
 
     def _wait(self, connection: Tracked, now_s: float) -> bool:
-        """Wait until there is something to do, at most until the next check. Return whether the server has sent data."""
+        """Wait until there is something to do, at most until the next check. Return whether the server sent data."""
         until_s = min([self._next_look, now_s + BLOCK_S, *(one[0] for one in self._later)])
         if not connection.readable():
             waiting = select.poll()

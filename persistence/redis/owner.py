@@ -84,7 +84,7 @@ class RedisConnectionOwner(ConnectionOwner["RedisScope | Command", Call, Connect
     # ---------------------------------------------------------------------------------------------------------- callers
 
     def _lead(self, scope: RedisScope, call: Call) -> bool:
-        """Execute a call on this thread. False: it must be queued. With `call.lock` set, the I/O thread has taken it."""
+        """Execute a call on this thread. False: queue it. With `call.lock` set, the I/O thread has taken it."""
         connection = self._connection
         if connection is None or self._leaving or self._under_way or self._inbox or self._ready or not scope.is_idle:
             return False

@@ -127,7 +127,7 @@ class SavedKeys(StoredKeys):
         return self._read(f"read keys of scope {scope!r}", lambda connection: _rows(connection, scope, keys))
 
     def keys(self, scope: str, within: Range, now_ms: int, besides: Container[str]) -> list[str]:
-        """Return the keys within a range, in its order, at most `limit`, without expired ones and those of `besides`."""
+        """Return the keys of a range, in its order, at most `limit`, without expired ones and those in `besides`."""
 
         def read(connection: sqlite3.Connection) -> list[str]:
             found: list[str] = []
