@@ -4,8 +4,8 @@ A history is a list of facts in the order in which they were recorded: deliverie
 with what was on disk then, listings of dead letters, and what each watch yielded. Real processes, killed with SIGKILL,
 and simulated engines record the same facts. `violations` returns a text for each promise that is broken, with its name.
 
-Each key of a history counts up: its writes are numbered 1, 2, 3, and the number is in the value. So the number that is
-on disk after the end of a process says which writes were committed.
+The writes of each key in a history are numbered 1, 2, 3, and the value contains the number. So the number on disk after
+the end of a process shows which writes were committed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Began(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """A handler has ended: `done`; `failed`, and it is tried again; `dead`, it was given up."""
+    """A handler has ended: `done`; `failed`: the event is tried again; `dead`: it was given up."""
 
     consumer: str
     id: str
@@ -81,7 +81,7 @@ Fact = Began | Ended | Over | Asked | Left | Counted | Finished
 
 
 class Consumer:
-    """What is known of one consumer."""
+    """What is known about one consumer."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -89,25 +89,25 @@ class Consumer:
         """Delivery id -> its event."""
         self.events: dict[tuple[str, str, int], str] = {}
         self.attempts: dict[str, tuple[int, int]] = {}
-        """Delivery id -> its last attempt, and how many processes had been killed before that."""
+        """Delivery id -> its last attempt, and how many processes were killed before it."""
         self.over: dict[Place, set[int]] = defaultdict(set)
         """The numbers of each key that are handled or given up."""
         self.open: dict[Place, int] = {}
-        """Key -> the number that a handler has now, in this process."""
+        """Key -> the number that a handler is handling now, in this process."""
         self.last: dict[Place, int] = {}
         """Key -> the number that began last, in this process."""
         self.highest: dict[Place, int] = {}
         """Key -> the highest number of this process."""
         self.settled: set[str] = set()
-        """Deliveries that were over when an engine was closed in order."""
+        """Deliveries that were over when an engine was closed cleanly."""
         self.done: set[str] = set()
         self.asked: frozenset[str] | None = None
         self.replayed: set[str] = set()
-        """Letters that were asked for: they may come again at any time, and count from 1 again."""
+        """Dead letters whose replay was requested: they may be delivered again at any time, with attempts from 1 on."""
 
 
 class Checker:
-    """Takes the facts one after the other, and keeps the violations."""
+    """Processes the facts one after the other, and keeps the violations."""
 
     def __init__(self) -> None:
         self.violations: list[str] = []
@@ -115,7 +115,7 @@ class Checker:
         self._kills = 0
 
     def take(self, fact: Fact) -> None:
-        """Take one more fact."""
+        """Process one more fact."""
         match fact:
             case Began():
                 self._began(self._consumer(fact.consumer), fact)
@@ -170,7 +170,7 @@ class Checker:
         consumer.highest[place] = max(consumer.highest.get(place, 0), fact.number)
 
     def _check_attempt(self, consumer: Consumer, fact: Began, what: str) -> None:
-        """An attempt that a kill interrupted before its handler began may be counted: at most one for each kill."""
+        """An attempt that a kill interrupted before its handler began may count too: at most one for each kill."""
         before, kills = consumer.attempts.get(fact.id, (0, 0))
         if not before < fact.attempt <= before + 1 + self._kills - kills:
             self._say("attempts", f"{what}; attempt {before} was before, and {self._kills - kills} kills since then")
@@ -230,7 +230,7 @@ class Checker:
 
 
 def violations(facts: Iterable[Fact]) -> list[str]:
-    """Return what is broken in a history; empty if nothing is."""
+    """Return the broken promises of a history; empty if it keeps all."""
     checker = Checker()
     for fact in facts:
         checker.take(fact)
@@ -241,7 +241,7 @@ def violations(facts: Iterable[Fact]) -> list[str]:
 
 
 class Change(NamedTuple):
-    """One change of the truth, in the order in which the engine has made them."""
+    """One of the changes that the engine made, in their order: the truth that watches are compared with."""
 
     scope: str
     key: str
@@ -250,32 +250,32 @@ class Change(NamedTuple):
     revision: int
     transaction: int
     lost: bool = False
-    """True: a crash has taken it back."""
+    """True: the change was lost in a crash."""
 
 
 class Watched(NamedTuple):
     """What one watch has yielded, from its opening to its end."""
 
     since: int
-    """It goes on behind so many changes of the truth: those that the cursor it was opened with stands for."""
+    """The watch continues after this many changes of the truth: the cursor that it was opened with is after those."""
     saw: Sequence[tuple[str, str, str, int]]
     """(scope, key, kind, revision) of each change, in order."""
     marks: Mapping[int, int] = {}
-    """After so many changes a mark said that all is told up to here: how many changes of the truth there were then."""
+    """After how many yielded changes a `progress` mark came -> how many changes of the truth it covered."""
     refused: str | None = None
-    """The reason of `Compacted`, if it was refused."""
+    """The reason of `Compacted`, if the watch was refused."""
     overrun: bool = False
-    """True: it ended because the watcher was too slow; what it has not seen comes when it goes on."""
+    """True: the watch ended because its reader was too slow. It yields the remaining changes when it continues."""
     complete: bool = True
-    """True: it was read until nothing more came."""
+    """True: the watch was read until it yielded nothing more."""
     there: int = 0
-    """A watch without a cursor may leave out what was there when it began: so many changes."""
+    """A watch without a cursor may leave out the changes made before it began: this many."""
     is_mark: bool = False
-    """True: the cursor is that of a mark of many scopes, which may be behind what was saved before a crash."""
+    """True: the cursor is from a mark of many scopes, which may be older than what was saved before a crash."""
 
 
 def watch_violations(truth: Sequence[Change], watched: Watched, wanted: Iterable[int], trimmed: int = 0) -> list[str]:
-    """Return what a watch has broken. `wanted`: the places of the truth that its filters match.
+    """Return the promises that a watch has broken. `wanted`: the places in the truth that its filters match.
 
     `trimmed`: this many changes of the truth are no longer kept, so that an earlier cursor may be refused.
     """

@@ -1,17 +1,17 @@
 """The process that test_kills.py kills: it forks one child per line of its input.
 
 Input, a line per life: JSON of [directory or URL, durability, {key: number of its last write on disk}, last life?].
-Each child opens its own engine, writes each key on from its number, and has durable triggers handle the events. It
-says, a line per `write`, so that no line is torn:
+Each child opens its own engine, continues to write each key from its number, and handles the events by durable
+triggers. It prints these lines, each by one `write`, so that no line is torn:
 
-    begin PID                               the child lives
+    begin PID                               the child has started
     open                                    its engine is open
     began CONSUMER ID SCOPE KEY NUMBER ATTEMPT
     ended CONSUMER ID VERDICT               the handler ends: done, failed, or dead
     asked CONSUMER ID,ID,...                dead letters are about to be replayed or purged
-    left CONSUMER ID,ID,...                 the dead letters that are there
-    finished                                every consumer has nothing left; then the engine is closed
-    end STATUS                              the child is gone
+    left CONSUMER ID,ID,...                 the dead letters that are left
+    finished                                no consumer has anything left; the engine is closed next
+    end STATUS                              the child has exited
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from forking import beside_threads
 from scopestate import Delivery, Discard, Engine, Retry, StateEvent
 
 ACK_WAIT_S = 2.0
-"""On Redis, other engines wait so long for one that was killed."""
+"""On Redis, other engines wait this long for one that was killed, in seconds."""
 SOON = Retry(attempts=1_000, first=0.002, factor=1.5, longest=0.02)
 
 
@@ -98,7 +98,7 @@ def write(engine: Engine, key: str, number: int) -> None:
 
 
 def look_at_letters(engine: Engine, *, replays: bool) -> None:
-    """Replay or purge all dead letters, again and again, and say before and after which there are."""
+    """Replay or purge all dead letters again and again, and print which there are before and after."""
     letters = engine.dead_letters("dies")
     while True:
         found = letters.list(limit=1_000)
@@ -137,7 +137,7 @@ def live(place: str, durability: str, last: dict[str, int], *, is_last: bool) ->
 
 
 def finish(engine: Engine) -> None:
-    """Let every consumer come to its end; then close."""
+    """Wait until every consumer has finished, then close the engine."""
     deadline = time.monotonic() + 240
     while True:
         letters = engine.dead_letters("dies")

@@ -79,15 +79,15 @@ class Watcher:
         self.buffer = draw.choice((3, 50, 10_000))
         self.cursor: str | None = None
         self.at = 0
-        """The revision, or the position if it watches many scopes, that the cursor stands behind."""
+        """The revision after which the cursor is; the position, if it watches many scopes."""
         self.changes: Any = None
         self._is_mark = True
         """True: the cursor is not that of a change."""
         self._there = 0
-        """So many changes there were when a watch of many scopes began without a cursor."""
+        """How many changes there were when a watch of many scopes began without a cursor."""
         self._began = 0
         self._began_crashes = self._cursor_crashes = 0
-        """How many crashes there were when the cursor was given: of this session's begin, and now."""
+        """How many crashes there had been when the session's first cursor was given, and when the present one was."""
         self._saw: list[tuple[str, str, str, int]] = []
         self._marks: dict[int, int] = {}
 
@@ -105,7 +105,7 @@ class Watcher:
         ]
 
     def look(self, engine: Engine, most: int) -> None:
-        """Open the watch if it is not, and read some of what is there."""
+        """Open the watch if it is not open, and read some changes."""
         if self.changes is None and not self._open(engine):
             return
         try:
@@ -160,7 +160,7 @@ class Watcher:
         return max((place + 1 for place in ours if events[place].revision <= at), default=0)
 
     def _stands_behind_lost(self) -> bool:
-        """Return whether this began after a change that an earlier crash took back: a crash begins new numbers."""
+        """Return whether the watch began after a change that an earlier crash has lost: a crash begins new numbers."""
         world = self.world
         lost = [world.events[place] for place, crash in world.lost.items() if crash > self._began_crashes]
         ours = [
@@ -202,7 +202,7 @@ class Watcher:
 
 
 class Handlers:
-    """The durable triggers of one life, and what they tell the checker."""
+    """The durable triggers of one life, and the facts that they report to the checker."""
 
     def __init__(self, world: World, engine: Engine) -> None:
         self.world = world
@@ -262,7 +262,7 @@ class World:
         self.events: list[StateEvent] = []
         """Every change that an engine has numbered, in that order."""
         self.lost: dict[int, int] = {}
-        """Places of changes that were taken back -> the number of the crash."""
+        """Place of a change that was lost -> the number of the crash."""
         self.found: list[str] = []
         self.history = self.random.choice((3, 20, 1_000))
         self.engine: Engine | None = None
@@ -273,7 +273,7 @@ class World:
         self._replays = False
         self.orders = self.random.choice(ORDERS)
         self.numbers: dict[tuple[str, str], int] = {}
-        """The number of each key of the orders that is on disk."""
+        """Key in the scopes of orders -> its number on disk."""
         self.checker = Checker()
         self.died: set[str] = set()
         """Deliveries that were given up once."""
@@ -298,7 +298,7 @@ class World:
             self.checker.take(fact)
 
     def truth(self) -> list[Change]:
-        """What has happened, in the form that the checker takes."""
+        """What has happened, in the form that the checker needs."""
         return [
             Change(
                 event.scope,
@@ -312,7 +312,7 @@ class World:
         ]
 
     def trimmed(self, scope: str | None) -> int:
-        """Return up to which place changes may be forgotten: behind it, each scope has no more than are kept."""
+        """Return the place up to which changes may be forgotten: after it, no scope has more changes than are kept."""
         last = 0
         for name in (*SCOPES, *ORDERS, EFFECTS) if scope is None else (scope,):
             ours = [place for place, event in enumerate(self.events) if event.scope == name and place not in self.lost]
@@ -323,7 +323,7 @@ class World:
     # ---------------------------------------------------------------------------------------------------- the run
 
     def run(self) -> None:
-        """Live through some engines."""
+        """Run several engines, one after the other."""
         draw = self.random
         ends = draw.choices(("crash", "close"), k=draw.randint(0, 3))
         for end in (*ends, "settle"):
@@ -368,7 +368,7 @@ class World:
         }
         mark = self.directory / FOLLOWED_FILE
         if len(self.events) % 3:
-            mark.touch()  # the owner before had followers
+            mark.touch()  # the previous owner had followers
         else:
             mark.unlink(missing_ok=True)
         self.engine = Engine(from_mapping(config), dispatcher=self.dispatcher, handle_sigterm=False)
@@ -416,7 +416,7 @@ class World:
         return [letter.id for letter in found]
 
     def _replay(self) -> None:
-        """Have all letters delivered again."""
+        """Replay all dead letters."""
         engine = self.engine
         assert engine is not None
         if self._replays:
@@ -446,7 +446,7 @@ class World:
                         batch.set(one, value)
 
     def _happen(self) -> None:
-        """Perhaps something happens from outside."""
+        """Let something happen from outside, or nothing, at random."""
         draw, engine = self.random, self.engine
         assert engine is not None
         chance = draw.random()
@@ -513,7 +513,7 @@ class World:
         self.take(Counted("counts", effects, is_all=is_all))
 
     def _finish_deliveries(self, engine: Engine) -> None:
-        """Let every consumer come to its end."""
+        """Wait until every consumer has finished."""
         for _ in range(200):
             self._replay()
             self.dispatcher.advance(0.5)
@@ -532,7 +532,7 @@ class World:
         engine.flush()
         self.dispatcher.run_until_idle()
         for watcher in self.watchers:
-            for _ in range(2):  # one that was refused, or too slow, goes on
+            for _ in range(2):  # one that was refused, or too slow, continues
                 if watcher.cursor is not None or watcher.changes is not None:
                     watcher.look(engine, 100_000)
             watcher.leave(complete=True)
@@ -552,19 +552,19 @@ class World:
             self.take(Finished(self.numbers))
 
     def abandon(self) -> None:
-        """After a failure: end what is left."""
+        """After a failure: end everything that still runs."""
         if self.engine is not None:
             with contextlib.suppress(Exception):
                 self._crash()
 
 
 _WORLDS: Final[list[World]] = []
-"""The world of the run that goes on."""
+"""The world of the current run."""
 
 
 @contextlib.contextmanager
 def noted() -> Iterator[None]:
-    """Have feeds tell the world of the run what they number. Logs nothing."""
+    """Make feeds report to the world of the run what they number. Logs nothing."""
     give = Feed._give_positions
 
     def give_and_note(feed: Feed, events: Sequence[StateEvent]) -> None:

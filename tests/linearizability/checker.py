@@ -2,14 +2,14 @@
 
 A call takes effect at one instant between its beginning and its end. The search is Wing and Gong's ("Testing and
 verifying concurrent objects", 1993): take some call that nothing completed stands before, see whether the model gives
-the same result, go on with the rest, and go back if that leads nowhere. Configurations that were reached before (the
+the same result, continue with the rest, and go back if that leads nowhere. Configurations that were reached before (the
 set of calls taken, and the state they led to) are not searched again, as in Lowe's "Testing for linearizability" (2017)
 and Knossos. A history is split by object first, which is sound because linearizability is local; `history.py` splits
 by scope.
 
-A call that was cut off (its caller timed out or was cancelled, its process died) may have happened or not. If its end
-is not known either, then at any time after it began; each such call doubles the search, so give an end where one is
-known. A call that was refused for certain is left out of the history.
+A call that was cut off (its caller timed out or was cancelled, or its process died) may or may not have happened. If
+its end is not known, it may have happened at any time after it began. Each such call doubles the search, so give an end
+if it is known. A call that was certainly refused is left out of the history.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ class Call:
     name: str
     arguments: tuple[Any, ...]
     result: Any
-    """What came back; meaningless for a call that was cut off."""
+    """The result; meaningless for a call that was cut off."""
     began: int
-    """Place in time of the beginning: of two numbers the smaller is the earlier. No two are the same in a history."""
+    """When the call began: a smaller number is earlier. No number occurs twice in a history."""
     ended: int | None
-    """Place in time of the end; None if the call was cut off and may still happen."""
+    """When the call ended; None if it was cut off and may still happen."""
     client: str = ""
     cut_off: bool = False
-    """True: nobody knows whether it happened; if it did, then before `ended`."""
+    """True: it is not known whether the call happened. If it did, it happened before `ended`."""
 
     @property
     def certain(self) -> bool:
@@ -47,7 +47,7 @@ class Call:
 
 
 class Model(Protocol):
-    """What the object does when nobody else is there."""
+    """The behaviour of the object without concurrent calls."""
 
     initial: Hashable
 

@@ -1,4 +1,4 @@
-"""Records what threads and asyncio tasks really got from an engine, and has it checked scope by scope.
+"""Records the results that threads and asyncio tasks got from an engine, and checks them scope by scope.
 
 What is checked: each scope as one object, with set, get, delete, update and list together, so that `list` must show one
 instant of the scope, in insertion order. `list_groups` is checked as one reading per scope ("is it named?"): within
@@ -35,12 +35,12 @@ class History:
         self.scopes = tuple(scopes)
         self.keys = tuple(keys)
         self.refused: list[str] = []
-        """The errors of calls that failed for certain: the history does not have them."""
+        """The errors of calls that certainly failed. The history does not have these calls."""
         self.may_begin = threading.Event()
-        """Clear it to let scopes be idle for a moment: calls that have begun go on, no other begins."""
+        """Clear it to make scopes idle for a moment: calls that have begun continue, and no other call begins."""
         self.may_begin.set()
         self.rounds: int | None = None
-        """How often scopes were disturbed; None if nobody does that."""
+        """How often scopes were disturbed; None if they are not disturbed."""
         self._now = itertools.count(1)
         self._calls: list[tuple[str, Call]] = []
 
@@ -48,7 +48,7 @@ class History:
         return len(self._calls)
 
     def note_into(self, other: History) -> None:
-        """Be part of another history, of other clients of the same state, from now on."""
+        """Record into another history from now on: that of other clients of the same state."""
         self._now, self._calls = other._now, other._calls
 
     def check(self) -> None:
@@ -86,7 +86,7 @@ class History:
                 await asyncio.sleep(0)
 
     def two_rounds(self) -> Iterator[None]:
-        """Go on until scopes were disturbed twice, so that one whole round falls into the history."""
+        """Continue until scopes were disturbed twice, so that the history contains one whole round."""
         last = None if self.rounds is None else self.rounds + 2
         while last is not None and self.rounds is not None and self.rounds < last:
             yield
@@ -133,7 +133,7 @@ class History:
         except StorageError as error:
             self.refused.append(f"{choice}: {error!r}")
         except asyncio.CancelledError:
-            # Its turn is over or will never come once another turn of the scope has begun.
+            # Once another turn of the scope has begun, the turn of the call has ended, or it will never begin.
             await self.engine.aio.list(scope)
             self._note(choice, None, began, next(self._now), client, cut_off=True)
         except ReplyTimeout:
@@ -184,7 +184,7 @@ def _written(result: Any) -> tuple[str, str]:
     return MISSING if result.created else text_of(result.old_value), text_of(result.new_value)
 
 
-# No client writes null, so None from `delete` means that there was nothing.
+# No client writes null, so if `delete` returns None, the key did not exist.
 _RESULTS: dict[str, Callable[[Any], Any]] = {
     "set": _written,
     "update": _written,

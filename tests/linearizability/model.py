@@ -1,4 +1,4 @@
-"""What a scope does when nobody else is there, written for the checker: plain, and apart from the engine's own code."""
+"""The behaviour of a scope without concurrent calls, for the checker: simple, and independent of the engine's code."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ Ops = tuple[tuple[str, Any], ...]
 """("increment", by), ("append", value), ("merge", object), ("set", value): all of them at the root."""
 
 MISSING = "missing"
-"""Instead of JSON text: there was no value. No JSON text is this word."""
+"""Used instead of JSON text if the key has no value. This word is not JSON text."""
 
 
 def text_of(value: object) -> str:
-    """JSON text that is the same for the same value and differs between 1, 1.0 and true."""
+    """Return JSON text that is the same for equal values, and different for 1, 1.0 and true."""
     return json.dumps(value, sort_keys=True)
 
 
@@ -29,7 +29,7 @@ class ScopeModel:
         self.initial = initial
 
     def step(self, state: State, call: Call) -> State | None:
-        """The state after `call`, or None if its result does not fit."""
+        """Return the state after `call`, or None if its result does not fit."""
         after, result = self.apply(state, call.name, call.arguments)
         return after if not call.certain or result == call.result else None
 
@@ -59,7 +59,7 @@ class ScopeModel:
 
 
 def updated(old: str, ops: Ops) -> str:
-    """The value after `ops`; one that does not fit changes nothing (docs/reference/semantics.md section 3)."""
+    """Return the value after `ops`. An op that does not fit changes nothing (docs/reference/semantics.md section 3)."""
     fresh = old == MISSING
     value: Any = {} if fresh else json.loads(old)
     for kind, operand in ops:

@@ -22,7 +22,7 @@ KINDS = {
 
 
 class RevisedHistory(History):
-    """The calls of many clients, each of which expects what any of them has seen last."""
+    """The calls of many clients. The conditions of each client expect what any of them has seen last."""
 
     def __init__(self, *arguments: Any, by_key: bool = False) -> None:
         super().__init__(*arguments)
@@ -59,7 +59,7 @@ class RevisedHistory(History):
         return kind, scope, arguments[kind]
 
     def _make(self, engine: Any, kind: str, scope: str, arguments: tuple[Any, ...]) -> Any:  # type: ignore[override]
-        """Make the call; return its result as the model has it. For asyncio: a coroutine that does."""
+        """Make the call, and return its result in the form of the model. For asyncio: return a coroutine that does."""
         if engine is not self.engine:
             return self._made(engine, kind, scope, arguments)
         try:
@@ -79,7 +79,7 @@ class RevisedHistory(History):
         return self._noted(kind, scope, arguments, _plain(kind, result))
 
     def _noted(self, kind: str, scope: str, arguments: tuple[Any, ...], result: Any) -> Any:
-        """Remember what a call has told of its key, for conditions to come."""
+        """Remember what the answer of a call says about its key, for later conditions."""
         if kind in ("entry", "get", "set", "update", "modify") and result != ("gave up",):
             place = scope, arguments[0]
             self._texts[place] = result if kind == "get" else result[0 if kind == "entry" else 1]
@@ -102,7 +102,7 @@ class RevisedHistory(History):
 
 
 def _begun(engine: Any, kind: str, scope: str, arguments: tuple[Any, ...]) -> Any:
-    """Begin a call: its answer, or on `engine.aio` a coroutine."""
+    """Begin a call. Return its answer, or with `engine.aio` a coroutine."""
     match kind, arguments:
         case "get", _:
             return engine.get(scope, *arguments, _MISSING)
@@ -163,12 +163,12 @@ def _fill(batch: Any, one: str, other: str, text: str, checked: str, expected: i
 
 
 def _refused(kind: str, conflict: Conflict) -> tuple[Any, ...]:
-    """Return the result of a write whose condition failed, or that found others in its way too often."""
+    """Return the result of a write whose condition failed, or that had too many conflicts."""
     return ("gave up",) if kind in ("modify", "swap", "take") else ("conflict", conflict.revision)
 
 
 def _plain(kind: str, answer: Any) -> Any:
-    """Return an answer as the model has it."""
+    """Return an answer in the form of the model."""
     match kind:
         case "set" | "update":
             return before(answer), text_of(answer.new_value), answer.revision

@@ -1,6 +1,6 @@
-"""A scope with revisions, conditions and transactions, for the checker: plain, and apart from the engine's own code.
+"""A scope with revisions, conditions and transactions, for the checker: simple, and independent of the engine's code.
 
-A write whose answer has no revision leaves the revision of its key unknown. The first call that tells it settles it.
+A write whose answer has no revision leaves the revision of its key unknown, until a later answer contains it.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from linearizability.checker import Call
 from linearizability.model import MISSING, updated
 
 Entry = tuple[str, str, int]
-"""(key, value as JSON text, revision; UNKNOWN if no call has told it yet)."""
+"""(key, value as JSON text, revision; UNKNOWN if no answer has contained it yet)."""
 
 State = tuple[int, tuple[Entry, ...]]
-"""(the largest revision that was told, the entries in the order in which their keys were first set)."""
+"""(the largest revision in any answer, the entries in the order in which their keys were first set)."""
 
 UNKNOWN = 0
 
@@ -25,7 +25,7 @@ class Misfit(Exception):
 
 
 class RevisedModel:
-    """One scope as one object. `by_key`: its list comes by key, as in Redis, and not in the order of insertion."""
+    """One scope as one object. `by_key`: lists are ordered by key, as in Redis, instead of by insertion."""
 
     initial: State = (0, ())
 
@@ -33,7 +33,7 @@ class RevisedModel:
         self._by_key = by_key
 
     def step(self, state: State, call: Call) -> State | None:
-        """The state after `call`, or None if its result does not fit. A call that was cut off does what it can."""
+        """Return the state after `call`, or None if its result does not fit. One that was cut off does what it can."""
         trial = Trial(state, self._by_key)
         try:
             getattr(trial, call.name)(call.result if call.certain else None, *call.arguments)
@@ -67,12 +67,12 @@ class Trial:
         self._entries[key] = text, revision
 
     def _rise(self, revision: int) -> None:
-        """A new change has this revision: it is larger than all before."""
+        """A new change has this revision, which must be larger than all before."""
         _expect(revision > self._last)
         self._last = revision
 
     def _settle(self, key: str, revision: int) -> None:
-        """A call tells the revision of a key, 0 if it does not exist."""
+        """An answer contains the revision of a key; 0 if it does not exist."""
         if key not in self._entries:
             _expect(revision == 0)
             return
@@ -87,7 +87,7 @@ class Trial:
         return self._entries[key][1] in (UNKNOWN, expected)
 
     def _condition(self, result: Any, key: str, expected: int) -> bool:
-        """Return whether a conditional write was made, by its result or, without one, by what can be."""
+        """Return whether a conditional write was made: by its result, or, without one, whether it can have been."""
         if result is None:
             return self._may_have(key, expected)
         if result[0] == "conflict":
@@ -185,7 +185,7 @@ class Trial:
 
 
 def counted(text: str) -> str:
-    """What the function of `modify` makes of a value: one more, if it is a number, else 0."""
+    """The function for `modify`: returns the value plus one if it is a number, else 0."""
     value = None if text == MISSING else json.loads(text)
     return str(value + 1) if isinstance(value, int) else "0"
 

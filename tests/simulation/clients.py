@@ -1,4 +1,4 @@
-"""What simulated clients do, and what they must get for it."""
+"""Simulated clients: the calls that they make, and the results that they must get."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _KINDS: Final = {
 
 
 class Call:
-    """One call of a client: begun, then checked against what the scope did meanwhile."""
+    """One call of a client. Its result is checked against what the scope did in the meantime."""
 
     def __init__(self, life: Life, who: str, what: str, scope: str, key: str, number: int | None = None) -> None:
         self._life = life
@@ -44,7 +44,7 @@ class Call:
         life.note(lambda: f"{self._label} begins")
 
     def refused(self, error: Exception) -> None:
-        """It ended with an error: nothing may have happened, and nothing may happen later."""
+        """The call ended with an error: it must have changed nothing, and must change nothing later."""
         self._life.open_calls.pop(self, None)
         self._life.note(lambda: f"{self._label} -> {error!r}")
         if isinstance(error, ReplyTimeout):
@@ -60,7 +60,7 @@ class Call:
                 raise Violation(f"{self._label} was refused ({error}) and is written: {write}")
 
     def _conflict(self, conflict: Conflict) -> None:
-        """What it conflicts with has happened, and the outside may know of it."""
+        """The write that the call conflicts with was made, and may be visible outside."""
         revision = conflict.revision
         if revision == conflict.expected_revision:
             raise Violation(f"{self._label} conflicts with what it has expected: {conflict}")
@@ -73,7 +73,7 @@ class Call:
             raise Violation(f"{self._label} conflicts with what never happened: {conflict}")
 
     def wrote(self, old: bytes | None, new: bytes | None) -> None:
-        """It ended well, with this answer."""
+        """The call succeeded, with this answer."""
         self._end(new if new is not None else old)
         write = self._write_of(old, new)
         if write is None:
@@ -85,7 +85,7 @@ class Call:
             raise Violation(f"{self._label} was acknowledged and is not durable: {write}")
 
     def wrote_if(self, revision: int, old: bytes | None, new: bytes | None) -> None:
-        """It ended well, where the key was expected to have this revision."""
+        """The call succeeded, with the condition that the key has this revision."""
         self.wrote(old, new)
         before = None if old is None else self._model.by_id.get(id_of(old))
         if (old is None) != (revision == 0) or (before is not None and before.sequence != revision):
@@ -105,7 +105,7 @@ class Call:
             raise Violation(f"{self._label} gave the revision {revision} for {write}")
 
     def missed(self, value: bytes | None) -> None:
-        """It was not made, because the key has this value."""
+        """The write was not made, because the key has this value."""
         assert self._number is not None
         self._model.refused.add(self._number)
         self.read(value)
@@ -252,7 +252,7 @@ class Client:
         return {key: value for key, (_, value) in zip(keys, pairs, strict=True)}, calls
 
     def _end_together(self, calls: dict[str, Call], work: Callable[[], dict[str, tuple[bytes | None, bytes]]]) -> None:
-        """Do the work, which returns what each key had and has now."""
+        """Do the work, and return what each key had before and has now."""
         try:
             written = work()
         except Exception as error:  # noqa: BLE001 - which errors are allowed is what is checked
@@ -282,7 +282,7 @@ class Client:
         self._end_together(calls, work)
 
     def _transact(self, scope: str, key: str) -> None:
-        """A transaction that writes what it has read elsewhere, with ids of its own."""
+        """A transaction that writes values that it has read under other keys, with new ids."""
         values, calls = self._together(scope, "transact")
 
         def work() -> dict[str, tuple[bytes | None, bytes]]:

@@ -32,13 +32,13 @@ class Stored(msgspec.Struct):
         return {key: entry for _, (key, entry) in sorted(self.rows.items())}
 
     def check_due(self, scope: str) -> None:
-        """The scope must be looked at in time, even if it leaves memory now."""
+        """Check that the scope will be looked at in time, even if it leaves memory now."""
         first = min((row.expires_ms for _, row in self.rows.values() if row.expires_ms is not None), default=None)
         if first is not None and (self.due_ms is None or self.due_ms > first):
             raise Violation(f"{scope}: a key expires at {first}, but the scope is noted as due at {self.due_ms}")
 
     def check_answers(self, scope: str) -> None:
-        """What is kept is bounded."""
+        """Check that the kept answers are bounded."""
         size = sum(len(answer.answer) for answer in self.answers.values())
         if len(self.answers) > ANSWERS_OF_A_SCOPE or (len(self.answers) > 1 and size > ANSWER_BYTES_OF_A_SCOPE):
             raise Violation(f"{scope}: {len(self.answers)} answers of {size} bytes are kept")
@@ -51,10 +51,10 @@ class Disk:
         self.stored: dict[str, Stored] = {}
         self.path = path
         self.failing_saves = 0
-        """So many of the next saves fail."""
+        """How many of the next saves fail."""
         self.failing_loads = 0
         self.slow_s = self.slowest_s = 0.0
-        """How long a save takes, in virtual seconds, now and at most so far."""
+        """How long a save takes now, and the longest so far, in virtual seconds."""
         self.saves = self.failed = 0
         self.clock_ms = 0
         """The time of the last save."""
@@ -69,12 +69,12 @@ class Disk:
         return 0 if stored is None else stored.revision
 
     def items(self, scope: str) -> Items:
-        """What is durable of `scope`, in order."""
+        """The durable values of `scope`, in order."""
         stored = self.stored.get(scope)
         return () if stored is None else stored.items()
 
     def write(self, change: ScopeChange) -> None:
-        """Make one change durable, by the adapter's contract."""
+        """Make one change durable, as the contract of adapters says."""
         stored = self.stored.setdefault(change.scope, Stored({}))
         if change.revision < stored.revision:
             raise Violation(f"{change.scope}: write {change.revision} is saved over the newer write {stored.revision}")
@@ -112,7 +112,7 @@ class Disk:
                 del stored.answers[token]
 
     def answers(self, scope: str) -> dict[str, Answer]:
-        """What is kept of `scope`, the oldest first."""
+        """The kept answers of `scope`, the oldest first."""
         stored = self.stored.get(scope)
         return {} if stored is None else dict(stored.answers)
 
@@ -134,7 +134,7 @@ class DiskAdapter(Store):
         self.crashed = False
 
     def load(self, scope: str) -> ScopeState:
-        """Load a scope; it must be what the model says, or a write is gone."""
+        """Load a scope, and check it against the model: if they differ, a write is lost."""
         self._dispatcher.give_way()
         disk = self._disk
         if self.crashed or disk.failing_loads > 0:

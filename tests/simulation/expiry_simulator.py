@@ -1,7 +1,7 @@
 """Engines whose keys have deadlines, from a seed: clocks that jump, suspended machines, crashes, restarts, faults.
 
-One client calls, so that what it must get is plain; the turns that expire, save and passivate come in any order between
-its calls, and at each place where a call takes or gives back a claim.
+There is only one client, so that the right results are obvious. The turns that expire, save and passivate run in any
+order between its calls, and wherever a call takes or gives back a claim.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Platter:
 
 
 class PlatterStore(Store):
-    """A platter, as one engine sees it."""
+    """A platter as one engine sees it."""
 
     def __init__(self, platter: Platter) -> None:
         self._platter = platter
@@ -56,7 +56,7 @@ class PlatterStore(Store):
         platter.lives += 1
 
     def load(self, scope: str) -> ScopeState:
-        """Return what was saved."""
+        """Return the saved state of a scope."""
         platter = self._platter
         if self.crashed or platter.failing_loads > 0:
             platter.failing_loads -= 1
@@ -70,7 +70,7 @@ class PlatterStore(Store):
         return [scope for scope, rows in self._platter.rows.items() if rows]
 
     def save(self, batch: Sequence[ScopeChange]) -> None:
-        """Write all of it, or nothing."""
+        """Write all changes, or none."""
         platter = self._platter
         if self.crashed or platter.failing_saves > 0:
             platter.failing_saves -= 1
@@ -102,7 +102,7 @@ class PlatterStore(Store):
 
 
 class Known(msgspec.Struct):
-    """What the client knows of a key: its value, and when it expires."""
+    """What the client knows about a key: its value, and when it expires."""
 
     number: int
     expires_ms: int | None
@@ -119,9 +119,9 @@ class ExpiryWorld:
         self.number = 0
         self.known: dict[str, dict[str, Known]] = {scope: {} for scope in SCOPES}
         self.deadline_of: dict[int, int | None] = {}
-        """Number of a value -> the deadline that it has, or had last."""
+        """Number of a value -> its deadline, or the last one that it had."""
         self.expired_ever: dict[int, int] = {}
-        """Number of a value -> how often it was told to have expired."""
+        """Number of a value -> how often an event reported that it had expired."""
         self.problem: Exception | None = None
         self.engine: Engine | None = None
 
@@ -133,7 +133,7 @@ class ExpiryWorld:
     # ------------------------------------------------------------------------------------------------------ lives
 
     def run(self) -> None:
-        """Live through some engines. Raises Violation, or what an engine raises."""
+        """Run several engines, one after the other. Raises Violation, or what an engine raises."""
         draw = self.random
         for end in (*draw.choices(("crash", "close"), k=draw.randrange(4)), "settle"):
             self.begin()
@@ -168,7 +168,7 @@ class ExpiryWorld:
         self.note("an engine begins")
 
     def crash(self) -> None:
-        """End the process at once. What was saved is left, and the client reads it."""
+        """End the process at once. Only what was saved remains, and the client reads that."""
         assert self.engine is not None
         self.note("crash")
         self.store.crashed = True
@@ -194,7 +194,7 @@ class ExpiryWorld:
                     raise Violation(f"{scope}: {lost} were committed, and are gone")
 
     def settle(self) -> None:
-        """Let all faults end and time pass: whatever has expired is removed and told."""
+        """End all faults and let time pass: every expired key is removed, with an event."""
         self.platter.failing_saves = self.platter.failing_loads = 0
         self.dispatcher.advance(40)
         self.check()
@@ -210,7 +210,7 @@ class ExpiryWorld:
             raise Violation(f"after all faults have ended: {self.engine.health()}")
 
     def end(self) -> None:
-        """Close the engine. A process that begins later finds all of it, and no earlier time."""
+        """Close the engine. A later process must find everything, and a clock that has not gone back."""
         assert self.engine is not None
         self.note("close")
         now_ms = self.now()
@@ -229,7 +229,7 @@ class ExpiryWorld:
         return self.engine._parts.clock.now_ms()
 
     def act(self) -> None:
-        """Something happens."""
+        """Let something happen, chosen at random."""
         draw, dispatcher, chance = self.random, self.dispatcher, self.random.random()
         if chance < 0.55:
             self.call()
@@ -264,14 +264,14 @@ class ExpiryWorld:
                 self.engine.flush()
 
     def alive(self, scope: str, now_ms: int | None = None) -> dict[str, Known]:
-        """What the scope must hold, in the order of creation."""
+        """The values that the scope must have, in the order of creation."""
         now = self.now() if now_ms is None else now_ms
         return {
             key: known for key, known in self.known[scope].items() if known.expires_ms is None or known.expires_ms > now
         }
 
     def call(self) -> None:
-        """The client makes one call, and checks its answer."""
+        """Make one call of the client, and check its answer."""
         assert self.engine is not None
         draw = self.random
         scope, key = draw.choice(SCOPES), draw.choice(KEYS)
@@ -302,7 +302,7 @@ class ExpiryWorld:
         return {"id": self.number}
 
     def _rule(self, scope: str, key: str) -> int | None:
-        """The deadline of a key that is written without one."""
+        """Return the deadline of a key that is written without one."""
         if not scope.startswith("rule"):
             return None
         before = self.alive(scope).get(key)
@@ -391,7 +391,7 @@ class ExpiryWorld:
     # ------------------------------------------------------------------------------------------------------ the checks
 
     def witness(self, event: StateEvent) -> None:
-        """The handler: every event comes here."""
+        """The handler for every event."""
         self.note(
             f"{event.event_type} {event.scope}/{event.key} {event.revision} {event.old_json!r} {event.new_json!r}"
         )
@@ -402,8 +402,8 @@ class ExpiryWorld:
             if event.event_type == "state:expired":
                 number = event.old_value["id"]
                 self.expired_ever[number] = self.expired_ever.get(number, 0) + 1
-                # A touch that comes after the deadline finds the key absent: this deadline was its last one.
-                # The event may be here before the answer of the write, if the deadline had passed by then.
+                # A touch after the deadline finds the key absent, so this deadline was the last one of the value.
+                # The event may arrive before the answer of the write, if the deadline had passed by then.
                 expected = self.deadline_of.setdefault(number, event.expired_at)
                 if event.expired_at != expected or (event.late_ms or 0) < 0:
                     raise Violation(f"{event!r} expired at {event.expired_at}, expected {self.deadline_of[number]}")
@@ -415,12 +415,12 @@ class ExpiryWorld:
         events.append(event)
 
     def check_problem(self) -> None:
-        """Raise what went wrong in the handler."""
+        """Raise the violation that the handler found, if any."""
         if self.problem is not None:
             raise self.problem
 
     def check(self) -> None:
-        """What must be true after every step."""
+        """Check what must be true after every step."""
         self.check_problem()
         now_ms = self.now()
         if now_ms < self.latest_ms:
@@ -435,7 +435,7 @@ class ExpiryWorld:
                 raise Violation(f"{actor.scope}: looks at {actor.next_due()}, but {deadlines}")
 
     def replay(self, scope: str) -> dict[str, int]:
-        """Return key -> number of the value that the events of this life lead to."""
+        """Return, for each key, the number of the value that follows from the events of this life."""
         there = {key: known.number for key, known in self.base[scope].items()}
         for event in self.events[scope]:
             old = None if event.old_json is None else event.old_value["id"]

@@ -15,7 +15,7 @@ Items = tuple[tuple[str, bytes], ...]
 
 
 class Violation(AssertionError):
-    """Something happened that scopestate promises will not."""
+    """Something happened that scopestate promises not to do."""
 
 
 class Write(msgspec.Struct, eq=False):
@@ -31,7 +31,7 @@ class Write(msgspec.Struct, eq=False):
     dropped: bool = False
     """Rolled back, because its commit failed."""
     claimed: bool = False
-    """Some caller was told of it."""
+    """A caller got an answer for this write."""
 
 
 class State(msgspec.Struct, eq=False):
@@ -54,7 +54,7 @@ class History:
         self.base = sequence
 
     def now(self) -> State:
-        """The scope as it is."""
+        """The scope as it is now."""
         return self.states[-1]
 
     def write(self, sequence: int, key: str, old: bytes | None, new: bytes | None, at: float) -> Write:
@@ -75,12 +75,12 @@ class History:
         return write
 
     def forget(self) -> None:
-        """The write noted last was refused after all: nothing of it has happened."""
+        """Remove the write that was noted last: it was refused after all, and nothing was changed."""
         self.writes.pop()
         self.states.pop()
 
     def rewind(self, items: Items, sequence: int) -> list[Write]:
-        """Go back to what is durable; return the writes that are undone."""
+        """Go back to the durable state; return the writes that were undone."""
         undone = [write for write in self.writes if write.sequence > sequence]
         for write in undone:
             write.dropped = True
@@ -108,12 +108,12 @@ class Watcher:
         self.tries = tries
         """How often the handler is called for a write: more than once if it fails and is tried again."""
         self.places: dict[str, int] = {}
-        """Scope -> how many of its writes are done with."""
+        """Scope -> how many of its writes were handled."""
         self.calls: dict[str, int] = {}
-        """Scope -> calls so far for the write that is next."""
+        """Scope -> the number of calls so far for its next write."""
 
     def called(self, event: StateEvent, history: History, attempts: int) -> None:
-        """Check one call: the next matching write, nothing left out, nothing twice."""
+        """Check one call: it must be for the next matching write, with none left out and none repeated."""
         scope = event.scope
         place = self.places.get(scope, 0)
         writes = history.writes
@@ -136,7 +136,7 @@ class Watcher:
 
 
 class Model:
-    """The whole truth about one engine, from its start to its end."""
+    """The expected state of one engine, from its start to its end."""
 
     def __init__(
         self,
@@ -156,7 +156,7 @@ class Model:
         """Id -> the ids that are written together with it, or not at all."""
         self.refused: set[int] = set()
         self.senders: dict[int, str] = {}
-        """Id -> who sent it; a sender's ids rise, and so must its writes to one scope."""
+        """Id -> its sender. The ids of a sender rise, so those of its writes to one scope must rise too."""
         self._latest: dict[tuple[str, str], int] = {}
         self.failed_save_at = -1.0
         self.failed_loads = 0
@@ -165,7 +165,7 @@ class Model:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Keep what goes wrong inside, for `raise_problem`: code of the engine is around it, and may only log it."""
+        """Keep errors from inside the engine for `raise_problem`, because the engine's code may only log them."""
         try:
             yield
         except Exception as error:
@@ -173,7 +173,7 @@ class Model:
             raise
 
     def raise_problem(self) -> None:
-        """Raise what went wrong first."""
+        """Raise the first error, if any."""
         if self._problem is not None:
             raise self._problem
 
@@ -187,7 +187,7 @@ class Model:
         return history
 
     def durable_sequence(self, history: History) -> int:
-        """Up to which write the outside may see what the scope did."""
+        """The number of the last write of the scope that may be visible outside."""
         if history.durability == "commit":
             return self._durable(history.scope)[1]
         return history.now().sequence
@@ -259,13 +259,13 @@ class Model:
     # --------------------------------------------------------------------------------------------------- checks
 
     def check_load(self, scope: str, items: Items, sequence: int) -> None:
-        """A scope comes from disk: nothing that it did may be missing there."""
+        """A scope was loaded from disk: no write of it may be missing."""
         now = self.history(scope).now()
         if (now.items, now.sequence) != (items, sequence):
             raise Violation(f"{scope}: loaded {items} at {sequence}, but it had {now.items} at {now.sequence}")
 
     def check_saved(self, scope: str, items: Items, sequence: int) -> None:
-        """The disk holds the scope as it was after one of its writes."""
+        """Check that the disk has the scope as it was after one of its writes."""
         history = self.history(scope)
         if history.durability == "memory":
             raise Violation(f"{scope} is for memory only and was saved")
@@ -274,13 +274,13 @@ class Model:
             raise Violation(f"{scope}: saved {items} as write {sequence}, which made {state}")
 
     def check_memory(self, scope: str, items: Items, sequence: int) -> None:
-        """A scope in memory is what its writes have made."""
+        """Check that a scope in memory is the result of its writes."""
         now = self.history(scope).now()
         if (now.items, now.sequence) != (items, sequence):
             raise Violation(f"{scope}: in memory {items} at {sequence}, expected {now.items} at {now.sequence}")
 
     def check_age(self, bound_s: float) -> None:
-        """While saving works, nothing is unsaved for longer than the interval."""
+        """Check that nothing is unsaved for longer than the interval while saving works."""
         for history in self.histories.values():
             if history.durability == "interval":
                 saved = self._durable(history.scope)[1]
@@ -303,7 +303,7 @@ class Model:
             raise Violation(f"{trigger_id} is told of {event!r}, which {event.scope} never did")
 
     def check_events_done(self, up_to: dict[str, int]) -> None:
-        """Every handler was called for every write, up to the given one of each scope."""
+        """Check that every handler was called for every write, up to the given write of each scope."""
         for watcher in self.watchers.values():
             for scope, sequence in up_to.items():
                 missing = watcher.missing(self.history(scope), sequence)
@@ -311,18 +311,18 @@ class Model:
                     raise Violation(f"{watcher.trigger_id} was never called for {missing} of {scope}")
 
     def check_all_saved(self, up_to: dict[str, int]) -> None:
-        """Everything up to the given write of each scope is durable."""
+        """Check that everything up to the given write of each scope is durable."""
         for scope, sequence in up_to.items():
             if self.history(scope).durability != "memory" and self._durable(scope)[1] < sequence:
                 raise Violation(f"{scope}: write {sequence} is not durable, only {self._durable(scope)[1]} is")
 
     def sequences(self) -> dict[str, int]:
-        """Scope -> number of its last write that the outside may see."""
+        """Scope -> number of its last write that may be visible outside."""
         return {scope: self.durable_sequence(history) for scope, history in self.histories.items()}
 
 
 def visible(model: Model, history: History, since: int) -> Iterator[State]:
-    """The states that a call which began when state number `since` was current, and ends now, may have seen."""
+    """The states that a call may have seen: from state number `since`, when it began, to the state now."""
     durable = model.durable_sequence(history)
     return (state for state in history.states[since:] if state.sequence <= durable and not state.dropped)
 

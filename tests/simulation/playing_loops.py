@@ -23,12 +23,12 @@ class PlayedLoop:
         self._polled: set[int] = set()
 
     def run(self) -> None:
-        """Go on until `stop`."""
+        """Run until `stop` is called."""
         while (call := self._calls.get_within(None)) is not None:
             call()
 
     def stop(self) -> None:
-        """Let `run` return."""
+        """Make `run` return."""
         self._calls.put(None)
 
     def is_closed(self) -> bool:

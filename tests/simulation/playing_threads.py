@@ -17,7 +17,7 @@ from scopestate.inbox import Empty
 from tests.simulation.model import Violation
 
 _LATE_S: Final = 1e-6
-"""A thread is woken a little later than it asked for: so rounding cannot make it wait for a moment that is here."""
+"""A thread is woken this much later than it asked for, so that rounding cannot make it wait for a time that is now."""
 
 
 MOST_WAITS: Final = 50_000
@@ -31,7 +31,7 @@ class Play:
         self.use(DeterministicDispatcher(0))
 
     def use(self, dispatcher: DeterministicDispatcher) -> None:
-        """Have what is made from now on run on this dispatcher."""
+        """Make everything that is created from now on run on this dispatcher."""
         self.dispatcher = dispatcher
         self.waits = 0
 
@@ -52,7 +52,7 @@ class Play:
 
     @staticmethod
     def wake(waiting: list[Reply[None]]) -> None:
-        """Let the one go on that has waited longest."""
+        """Wake the thread that has waited longest."""
         if waiting:
             waiting.pop(0).set(None)
 
@@ -66,7 +66,7 @@ class Play:
 
     @contextlib.contextmanager
     def in_modules(self, *modules: types.ModuleType) -> Iterator[None]:
-        """Have these modules take threads and time from here."""
+        """Make these modules take threads and time from here."""
         stand_ins = {
             "threading": types.SimpleNamespace(
                 Lock=lambda: PlayedLock(self),

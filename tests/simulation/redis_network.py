@@ -1,4 +1,4 @@
-"""The network between simulated engines and a played Redis server: slow, out of step, and cut where the seed says."""
+"""The network between simulated engines and a played Redis server: slow, irregular, and cut where the seed says."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from tests.redis.played_server import PlayedServer, Session
 ADDRESS: Final = "played:6379"
 
 _FIRST_FD: Final = 1_000_000
-"""That of the first connection: not one that the system gives."""
+"""The file descriptor of the first connection: larger than any that the system assigns."""
 _APART_S: Final = 1e-9
-"""What leaves one side later arrives later, by so much at least."""
+"""Data that is sent later arrives later, by at least this many seconds."""
 
 
 class Faults:
@@ -31,28 +31,28 @@ class Faults:
 
     def __init__(self, draw: random.Random) -> None:
         self.lost_request = draw.choice((0.0, 0.0, 0.02, 0.1))
-        """The connection breaks before the server has all that was sent: it does what is whole."""
+        """The connection breaks before the server has everything: it executes the commands that are complete."""
         self.lost_answer = draw.choice((0.0, 0.0, 0.02, 0.1))
-        """The connection breaks when the server has done the command."""
+        """The connection breaks after the server has executed the command."""
         self.late_answer = draw.choice((0.0, 0.0, 0.05, 0.2))
-        """An answer takes longer than some callers wait, and now and then longer than the connection does."""
+        """An answer takes longer than some callers wait, and sometimes longer than the connection waits."""
         self.doubled_answer = draw.choice((0.0, 0.0, 0.0, 0.05))
-        """An answer comes twice, when no other is awaited: else a client of this protocol cannot tell."""
+        """An answer comes twice, while no other is expected: otherwise a client of this protocol cannot notice it."""
         self.interruption = draw.choice((0.0, 0.0, 0.03))
         """A signal handler raises KeyboardInterrupt in the thread that waits for an answer."""
         self.rival = draw.choice((0.0, 0.05, 0.3, 0.6))
-        """Another program writes a key right before a command that concerns it is done."""
+        """Another program writes a key directly before a command on that key is executed."""
         self.pieces = draw.choice((0.0, 0.3))
         """An answer comes in two pieces."""
 
     def end(self) -> None:
-        """From now on all goes well."""
+        """End all faults."""
         for name in vars(self):
             setattr(self, name, 0.0)
 
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
-        """All goes well for a moment."""
+        """No faults within this block."""
         before = dict(vars(self))
         self.end()
         yield
@@ -69,7 +69,7 @@ class Network:
         self.faults = Faults(draw)
         self.server = PlayedServer(dispatcher.monotonic)
         self.is_down = False
-        """Nothing listens there."""
+        """True: no server is listening."""
         self.ends: list[End] = []
         """Every connection that was made."""
         self.may_interrupt: Callable[[], bool] = lambda: False
@@ -95,7 +95,7 @@ class Network:
         return chance > 0.0 and self.draw.random() < chance
 
     def go_down(self) -> None:
-        """The server ends, and keeps its data; what was on its way is lost."""
+        """Stop the server. It keeps its data; whatever was in flight is lost."""
         self.is_down = True
         for end in self.ends:
             end.cut("the server ends")
@@ -139,7 +139,7 @@ class End:
         """Called when there is something to receive."""
         self._there_at = self._here_at = 0.0
         self._on_the_way = 0
-        """What has left one side and not arrived at the other."""
+        """The number of transmissions that were sent and have not arrived yet."""
 
     # ------------------------------------------------------------------------------------------------- for the engine
 
@@ -205,11 +205,11 @@ class End:
         return most
 
     def plain_fd(self) -> int:
-        """What an event loop waits for."""
+        """The file descriptor that an event loop waits for."""
         return _FIRST_FD + self.number - 1
 
     def is_stale(self) -> bool:
-        """True if nothing may be sent: the connection is broken, or a reply is here that answers nothing."""
+        """True if nothing may be sent: the connection is broken, or has a reply to no command."""
         return self.readable() or self._reader.has_data()
 
     def wait_at_most(self, timeout_s: float) -> None:
@@ -217,21 +217,21 @@ class End:
         self.timeout_s = timeout_s
 
     def close(self) -> None:
-        """Close it; what has left still arrives at the server."""
+        """Close the connection. Data that was sent still arrives at the server."""
         if not self.is_closed:
             self.is_closed = True
             self._travel(self.session.close)
             self._tell()
 
     def shut(self) -> None:
-        """Have a thread that waits in it get Broken."""
+        """Make a thread that waits for this connection get Broken."""
         self._is_cut = True
         self._tell()
 
     # -------------------------------------------------------------------------------------------------- for the network
 
     def cut(self, why: str) -> None:
-        """Break it: the server loses its session now, the engine finds out when it looks."""
+        """Break the connection: the server loses its session now, and the engine notices when it uses it."""
         if not self._is_cut:
             self._network.note(f"connection {self.number} is cut: {why}")
         self.session.close()
@@ -251,7 +251,7 @@ class End:
         self._travel_back([piece for piece in (reply[:at], reply[at:]) if piece], late_s)
 
     def _travel(self, arrive: Callable[[], object]) -> None:
-        """Call `arrive` when it is at the server, behind what was sent before."""
+        """Call `arrive` when the data is at the server, after everything that was sent before."""
         now = self._dispatcher.monotonic()
         self._there_at = max(self._there_at + _APART_S, now + self._network.trip_s())
         self._on_the_way += 1

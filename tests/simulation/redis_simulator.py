@@ -46,7 +46,7 @@ SCOPES: Final = ("a", "b")
 KEYS: Final = ("x", "y")
 MOST_STEPS: Final = 30_000
 QUIET_S: Final = 60.0
-"""Virtual seconds in which everything must come to rest once nothing goes wrong any more."""
+"""Virtual seconds within which everything must come to rest after the faults have ended."""
 
 _KINDS: Final = {
     "set": 6,
@@ -84,28 +84,28 @@ class Write(msgspec.Struct, eq=False):
     place: int
     """Index of the state that it made."""
     is_claimed: bool = False
-    """A caller was told of it."""
+    """A caller got an answer for this write."""
     was_told: bool = False
     """A handler of its engine was called with it."""
 
 
 class Truth:
-    """What the server holds and held: it does one thing after the other, so it says in which order all took effect."""
+    """The present and past states of the server. It does one thing at a time, so it decides the order of effects."""
 
     def __init__(self) -> None:
         self.states: dict[str, list[dict[str, bytes]]] = {scope: [{}] for scope in SCOPES}
         self.writes: list[Write] = []
         self.by_id: dict[int, Write] = {}
         self.senders: dict[int, str] = {}
-        """Id -> the client that sent it; a client's ids rise, and so must its writes of one key."""
+        """Id -> the client that sent it. The ids of a client rise, so those of its writes of one key must rise too."""
         self.unknown: set[int] = set()
-        """Ids of which a caller was told that they may be done, or that it heard nothing of: also later."""
+        """Ids whose write may have been made, or may still be made: the answer said so, or there was no answer."""
         self._latest: dict[tuple[str, str, str], int] = {}
         self.refused: dict[int, str] = {}
-        """Ids that a caller was told of that they were not written -> what it was told."""
+        """Id whose write was not made, according to its answer -> that answer."""
 
     def wrote(self, scope: str, key: str, old: bytes | None, new: bytes | None, engine: int) -> None:
-        """The server makes a write. It is the only one with this id."""
+        """Note that the server makes a write. It must be the only one with this id."""
         states = self.states[scope]
         state = dict(states[-1])
         if state.get(key) != old:
@@ -171,7 +171,7 @@ class Call:
             good(answer)
 
     def failed(self, error: BaseException) -> None:
-        """It ended with an error: one that lets it be done, or one after which it must never be."""
+        """The call ended with an error: either the write may have been made, or it must never be made."""
         self._end(error)
         self._life.said_closed |= isinstance(error, EngineClosed)
         if isinstance(error, (ReplyTimeout, KeyboardInterrupt)) or _may_be_applied(error):
@@ -186,7 +186,7 @@ class Call:
                 raise Violation(f"{self.label} is done, and its caller was told: {error!r}")
 
     def wrote(self, old: bytes | None, new: bytes | None) -> None:
-        """It ended well: there is a write like that, made between its begin and its end."""
+        """The call succeeded: there must be such a write, made between the beginning and the end of the call."""
         self._end((old, new))
         write = self._write(old, new)
         if write is None or not self._first < write.place:
@@ -194,13 +194,13 @@ class Call:
         write.is_claimed = True
 
     def read(self, value: bytes | None) -> None:
-        """It ended with a value that was there at some time between."""
+        """A read ended: its value must have been there at some time during the call."""
         self._end(value)
         if not any(state.get(self._key) == value for state in self._between()):
             raise Violation(f"{self.label} gave {value!r}, there was {self._between()}")
 
     def listed(self, values: list[bytes]) -> None:
-        """It ended with all values that were there at one time between."""
+        """A list ended: all its values must have been there at one time during the call."""
         self._end(values)
         if not any([state[key] for key in sorted(state)] == values for state in self._between()):
             raise Violation(f"{self.label} gave {values!r}, there was {self._between()}")
@@ -248,7 +248,7 @@ class Lodger:
         return getattr(self._dispatcher, name)
 
     def close(self) -> None:
-        """The others go on."""
+        """Do nothing: the other engines continue."""
 
 
 class PlayedBackend(RedisBackend):
@@ -312,7 +312,7 @@ class Life:
             self.backend = PlayedBackend(world, options, number)
         reader: Any = self.backend.reader
         self.heard: int = reader._number if self.shares_events else 0
-        """With shared events: how many of them all the witness was called with, those before its start included."""
+        """With shared events: how many of all events the witness has handled, counting those before its start."""
         self.loop = PlayedLoop(PLAY, world.network)
         world.dispatcher.submit(self.loop.run)
         lodger: Any = Lodger(world.dispatcher)
@@ -324,7 +324,7 @@ class Life:
         world.note(lambda: f"engine {number} starts: {options}, {limits}")
 
     def _witness(self, event: StateEvent) -> None:
-        """Each write of this engine whose answer came, in the order of the server, once; with shared events, all."""
+        """Handle each answered write of this engine once, in the server's order; with shared events, every write."""
         with self.world.watching():
             if self.shares_events:
                 self._hear(event)
@@ -350,7 +350,7 @@ class Life:
         return write.engine == self.number and _is_of(event, write)
 
     def _hear(self, event: StateEvent) -> None:
-        """With shared events: those of all engines, one after the other."""
+        """With shared events: the events of all engines, one after the other."""
         published = [write for write in self.world.truth.writes if write.engine]
         self.world.note(lambda: f"engine {self.number}: event {event.revision} of {event.scope}/{event.key}")
         if self.heard >= len(published) or not _is_of(event, published[self.heard]):
@@ -373,7 +373,7 @@ class Life:
         raise Violation(f"engine {self.number}: no answer in 20 tries")
 
     def close(self) -> None:
-        """Close the engine while its clients are at it."""
+        """Close the engine while its clients call it."""
         self.world.note(lambda: f"engine {self.number} closes")
         self.ended = True
         with contextlib.suppress(StorageError):
@@ -381,7 +381,7 @@ class Life:
         self.world.note(lambda: f"engine {self.number} is closed")
 
     def check_rest(self) -> None:
-        """Nothing is left in the engine of what it had to do."""
+        """Check that the engine has no work left."""
         for scope in list(self.engine._scopes.values()):
             work = scope.commands
             if scope._mailbox or work.command or work.paused or work.pausing or scope.listed:
@@ -394,7 +394,7 @@ class Life:
                 raise Violation(f"engine {self.number}: an owner does not come to rest: {left}")
 
     def check_awake(self) -> None:
-        """No thread can run now: none may sleep longer than until what its owner has to do is due."""
+        """No thread can run now. Check that none sleeps beyond the time at which its owner has work to do."""
         now = self.world.dispatcher.monotonic()
         for one in self.backend._servers.owners():
             tokens: Any = one._tokens
@@ -409,7 +409,7 @@ class Life:
                 raise Violation(f"engine {self.number}: a wake-up is lost: {left}, asleep until {tokens.sleeps_until}")
 
     def check_told(self) -> None:
-        """Each write that a caller was told of was an event too. Removals look alike, so they are counted."""
+        """Check that each answered write was an event too. Removals look alike, so they are only counted."""
         if self.shares_events:
             if self.heard != self.world.truth.published:
                 raise Violation(f"engine {self.number}: {self.heard} of {self.world.truth.published} events came")
@@ -512,7 +512,7 @@ class Client:
 
     def _task(self, scope: str, key: str) -> None:
         """Call as a task of an event loop does: on the loop's thread, which then drives the connection if it can."""
-        number = self._world.next_id()  # it begins when the loop comes to it: behind later calls of this thread
+        number = self._world.next_id()  # it begins when the loop runs it: after later calls of this thread
         call = self._call("task", scope, key, number)
         value = {"id": number}
         turn: Any = turns.Set(key, encode(value))
@@ -598,7 +598,7 @@ class World:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Keep what goes wrong inside: code of the engine is around it, and may only log it."""
+        """Keep errors from inside the engine, because the engine's code may only log them."""
         try:
             yield
         except Exception as error:
@@ -653,7 +653,7 @@ class World:
         self.dispatcher.kill()  # its threads are idle, and would be kept
 
     def _settle(self) -> None:
-        """Nothing goes wrong any more: everything ends, all that was fired is told, and what is read is there."""
+        """End the faults: every call must end, every event must be delivered, and reads must find the right values."""
         until = self.dispatcher.monotonic() + QUIET_S
         while (self.running or self.open_calls) and self.dispatcher.monotonic() < until:
             self._step()
@@ -688,12 +688,12 @@ class World:
         self.check()
 
     def check(self) -> None:
-        """Raise what went wrong first."""
+        """Raise the first error, if any."""
         if self._problem is not None:
             raise self._problem
 
     def _happen(self) -> None:
-        """Perhaps something happens from outside."""
+        """Let something happen from outside, or nothing, at random."""
         draw, network = self.random, self.network
         server, chance = network.server, draw.random()
         if chance > 0.05:
@@ -729,7 +729,7 @@ class World:
             self.network.come_back()
 
     def _before(self, session: Session, parts: list[bytes]) -> bool:
-        """A command is about to be done: another program may come first."""
+        """A command is about to be executed: another program may write before it."""
         self._engine_at_server = self.network.engine_of(session)
         server = self.network.server
         is_well = not (server.loading or server.readonly or server.full)
@@ -756,7 +756,7 @@ class World:
             self.truth.wrote(scope, key, old, new, self._engine_at_server)
 
     def abandon(self) -> None:
-        """After a failure: end what is left."""
+        """After a failure: end everything that still runs."""
         self.dispatcher.kill()
         for life in self.lives:
             life.ended = True
@@ -767,7 +767,7 @@ class World:
 
 @contextlib.contextmanager
 def played() -> Iterator[None]:
-    """Have the Redis backend take its threads and its time from the world that runs."""
+    """Make the Redis backend take its threads and its time from the world that runs."""
     logger = logging.getLogger("scopestate")
     level = logger.level
     logger.setLevel(logging.CRITICAL + 1)  # the faults are meant, and a thousand runs would fill a disk

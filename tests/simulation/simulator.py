@@ -120,7 +120,7 @@ class Life:
         return handle
 
     def extra_trigger(self) -> None:
-        """A trigger that comes or goes while writes are under way."""
+        """Register or unregister a trigger while writes are in progress."""
         if any(handle.trigger_id == "extra" for handle in self.engine.triggers()):
             self.note(lambda: "the extra trigger goes")
             next(handle for handle in self.engine.triggers() if handle.trigger_id == "extra").unregister()
@@ -146,11 +146,11 @@ class Life:
             values = actor._values
             if values is not None:
                 self.model.check_memory(actor.scope, tuple(values.items()), actor._sequence)
-        # Commits and flushes that are under way go first.
+        # Commits and flushes that are in progress go first.
         self.model.check_age(self.longest_interval_s + 8 * self._world.disk.slowest_s + 0.01)
 
     def crash(self) -> None:
-        """The process dies: nothing of it runs on, and only what is durable is left."""
+        """The process dies: nothing in it continues, and only durable data remains."""
         self.note(lambda: "crash")
         self.ended = self.adapter.crashed = True
         self.dispatcher.kill()
@@ -161,7 +161,7 @@ class Life:
         self.model.raise_problem()
 
     def close(self) -> None:
-        """Close the engine while clients are at it: everything is saved, delivered and answered."""
+        """Close the engine while clients call it: everything must be saved, delivered and answered."""
         self.note(lambda: "close")
         killed: list[str] = []
         end = self.dispatcher.kill
@@ -238,7 +238,7 @@ class World:
         return self._id
 
     def run(self) -> None:
-        """Live through some engines. Raises Violation, or whatever the engine raises."""
+        """Run several engines, one after the other. Raises Violation, or whatever an engine raises."""
         draw = self.random
         ends = draw.choices(("crash", "close"), k=draw.randrange(3))
         for end in (*ends, "settle"):
@@ -263,7 +263,7 @@ class World:
         self.life = None
 
     def step(self, life: Life) -> None:
-        """One turn, then everything is checked."""
+        """Run one turn, then check everything."""
         self.steps += 1
         if self.steps > MOST_STEPS:
             raise Violation(f"no end after {self.steps} steps; waiting: {life.dispatcher.waiting()}")
@@ -272,7 +272,7 @@ class World:
         life.check()
 
     def _happen(self, life: Life) -> None:
-        """Perhaps something happens from outside."""
+        """Let something happen from outside, or nothing, at random."""
         draw, disk = self.random, self.disk
         chance = draw.random()
         if chance > 0.2:
@@ -301,7 +301,7 @@ class World:
             life.extra_trigger()
 
     def abandon(self) -> None:
-        """After a failure: end what is left."""
+        """After a failure: end everything that still runs."""
         if self.life is not None and not self.life.ended:
             with contextlib.suppress(Violation, ScopestateError):
                 self.life.crash()
@@ -312,7 +312,7 @@ class World:
 
 @contextlib.contextmanager
 def observed() -> Iterator[None]:
-    """Have the scopes of simulated engines tell their model what they do. Within another one it does nothing."""
+    """Make the scopes of simulated engines report their writes to the model. A nested `observed()` does nothing."""
     if LocalScope._write.__module__ == __name__:
         yield
         return
@@ -322,7 +322,7 @@ def observed() -> Iterator[None]:
 
     def tell(actor: LocalScope, key: str, old: bytes | None, new: bytes | None, commit: Callable[[], None]) -> None:
         model = _model_of(actor)
-        # Before the write, because others may look right after it; nobody can look between here and its refusal.
+        # Before the write, because other threads may read directly after it; none can read between here and a refusal.
         with model.watching():
             model.wrote(actor.scope, actor._sequence + 1, key, old, new)
         before = actor._sequence

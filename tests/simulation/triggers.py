@@ -1,4 +1,4 @@
-"""The triggers of simulated engines: what they watch, what their handlers do, and what each must be called with."""
+"""The triggers of simulated engines: what they watch, what their handlers do, and which calls each must get."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DERIVED: Final = ("interval-derived", "commit-derived")
 
 
 def _nothing(life: Life, event: StateEvent) -> None:
-    """Only be told."""
+    """Do nothing with the event."""
 
 
 def _fail_sometimes(life: Life, event: StateEvent) -> None:
@@ -33,7 +33,7 @@ def _take_time(life: Life, event: StateEvent) -> None:
 
 
 def _derive(life: Life, event: StateEvent) -> None:
-    """Write into other scopes, as each of the ways that handlers have."""
+    """Write into other scopes, in each of the ways that handlers can."""
     scope = DERIVED[event.revision % 2]
     number = life.next_id()
     with contextlib.suppress(Overloaded, StorageError, ReplyTimeout):
