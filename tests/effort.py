@@ -22,7 +22,7 @@ def size(suite: int, full: int) -> int:
 
 @contextmanager
 def untraced() -> Iterator[None]:
-    """Measure no coverage of this thread, and of those that start meanwhile.
+    """Measure no coverage of this thread, and of threads that start within the block.
 
     Tracing takes two thirds of the time of a loop that repeats the same lines thousands of times, and finds nothing
     after the first round: each such proof has shorter tests beside it that are traced.

@@ -81,7 +81,7 @@ class World:
         self.is_at_rest: Callable[[], bool] = lambda: True
         """For the end of a run, and the question whether rest can be reached: does anything wait that should not?"""
         self.time_passes_amid = True
-        """Time may pass while threads can run; False: only when none can, but for faults."""
+        """True: time may pass while threads can run. False: only while no thread can run, apart from faults."""
         self.left_out: frozenset[str] = frozenset()
         """Names of fields and local variables that make no difference: counters, and what never changes."""
         self.check: Callable[[], object] = lambda: None
@@ -169,7 +169,7 @@ class World:
         return found if waits else [*found, *late]
 
     def take(self, step: Step) -> None:
-        """Let one thread go on to its next point."""
+        """Let one thread continue to its next point."""
         value, budget = step.outcome
         if budget is not None:
             self.budgets[budget] -= 1

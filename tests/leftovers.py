@@ -1,4 +1,4 @@
-"""What no test may leave behind."""
+"""Finds what tests must not leave behind."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ class Loop:
         return bool(self.soon) or (self.reader is not None and self.reader[1].connection.readable())
 
     def run(self) -> None:
-        """Go on for ever."""
+        """Run forever."""
         while True:
             if not self.model.world.wait("the loop waits", self.has_work, "time" if self.timers else None):
                 due, callback, argument = self.timers.pop(0)

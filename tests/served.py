@@ -35,7 +35,7 @@ class Served:
         self.stop()
 
     def stop(self) -> None:
-        """End it in order, as SIGTERM does."""
+        """Stop it cleanly, as SIGTERM does."""
         self.server.should_exit = True
         self._thread.join(PATIENCE_S)
         assert not self._thread.is_alive(), "the server did not end"

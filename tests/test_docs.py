@@ -201,7 +201,7 @@ def test_cited_sections_of_semantics_and_protocol_exist() -> None:
     numbers = {page: _numbered(f"docs/reference/{page}.md") for page in ("semantics", "protocol")}
     citations = set()
     for file in SOURCES:
-        # A citation may go on behind a line break, and behind the mark of a comment.
+        # A citation may continue after a line break, and after the mark of a comment.
         for match in CITED.finditer(re.sub(r"\s+(?:# )?", " ", file.read_text(encoding="utf-8"))):
             cited = NUMBER.findall(match["sections"])
             points = NUMBER.findall(match["points"] or "")

@@ -39,7 +39,7 @@ IN_SOURCE = (
 IMPORT_BUDGET_S = 0.100
 MOST_IMPORTS = 60
 
-# Building and installing fetch packages; the other tests' limit is for code that waits for nobody.
+# Building and installing fetch packages; the other tests' time limit is for code that does not wait for a network.
 pytestmark = pytest.mark.timeout(300)
 
 

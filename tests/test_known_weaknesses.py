@@ -404,7 +404,7 @@ def test_semantics_8_28_a_busy_scope_holds_up_no_other(open_engine: Open) -> Non
     engine = open_engine()
     engine.set("busy", "k", 1)
     actor = engine._scopes["busy"]
-    actor._claim["holder"] = -1  # somebody is in a long turn
+    actor._claim["holder"] = -1  # another thread is in a long turn
 
     waiting = InThread(lambda: engine.set("busy", "k", 2))
     for number in range(100):

@@ -86,7 +86,7 @@ class LooksBeforeItSays(PatientOwner):
 
 
 class LeavesItQuietly(PatientOwner):
-    """And another: the I/O thread is not told that a call is left to it."""
+    """Another one: the I/O thread is not notified that a call is left to it."""
 
     def _leave_to_thread(self, call: NumberedCall) -> None:
         super()._leave_to_thread(call)

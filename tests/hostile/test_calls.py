@@ -67,7 +67,7 @@ def attempt(engine: Engine, call: Callable[[], Any]) -> Any:
 
 
 def sound(engine: Engine) -> None:
-    """The state is plain JSON under plain strings, as many keys to save as there are, and nobody holds a claim."""
+    """The state is plain JSON under plain strings, each key has its revision, and no thread holds a claim."""
     for name, (values, revisions, deadlines, dirty, created, _, number) in contents(engine).items():
         assert type(name) is str
         for key in (*values, *revisions, *deadlines, *dirty, *created):

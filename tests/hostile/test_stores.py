@@ -1,4 +1,4 @@
-"""Database files that somebody has damaged: read, or refused with the reason; never overwritten, and nothing hangs."""
+"""Damaged database files: they are read, or refused with the reason. None is overwritten, and nothing hangs."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def settings(directory: str, *, durability: str = "interval", interval_ms: int =
 
 @contextmanager
 def bystander(engine: Engine) -> Iterator[dict[str, float]]:
-    """Somebody who uses another scope meanwhile: how often, and how long the longest call took."""
+    """Another user of the engine, on another scope at the same time: how often, and how long the longest call took."""
     figures: dict[str, float] = {"calls": 0, "longest_ms": 0.0}
     stop = threading.Event()
 

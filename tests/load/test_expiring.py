@@ -1,4 +1,4 @@
-"""Keys that expire on a real clock: when they are told of, and how long they hold others up."""
+"""Keys that expire on a real clock: when their events come, and how long they delay other calls."""
 
 from __future__ import annotations
 

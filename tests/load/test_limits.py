@@ -1,4 +1,4 @@
-"""Load that a bounded engine survives: what is full is refused, dropped or waited for, and counted; others go on."""
+"""Load that a bounded engine survives: at a bound, calls wait or are refused, or events are dropped; all is counted."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_asyncio_writers_wait_without_blocking_their_loop(open_engine: OpenEngin
 
     async def main() -> None:
         writers = [asyncio.create_task(engine.aio.set("s", "k", number)) for number in range(100)]
-        for number in range(100):  # the loop goes on, and so do other scopes
+        for number in range(100):  # the loop continues, and so do other scopes
             await engine.aio.set("other", "k", number)
             await asyncio.sleep(0)
         assert sum(writer.done() for writer in writers) <= 7
@@ -351,7 +351,7 @@ def test_saving_goes_on_when_the_mailbox_of_a_scope_is_full(open_engine: OpenEng
     engine = open_engine("interval", save_interval_ms=3_600_000, limits={"scope_mailbox": 1, "call_timeout_ms": 20})
     engine.set("s", "k", 1)
     actor = engine._scopes["s"]
-    actor._claim["holder"] = -1  # somebody is in a long turn
+    actor._claim["holder"] = -1  # another thread is in a long turn
     engine.tell(messages.Set("s", "k", 2))
     with pytest.raises(Overloaded):
         engine.tell(messages.Set("s", "k", 3))

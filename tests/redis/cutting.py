@@ -1,4 +1,4 @@
-"""A loopback proxy between an engine and its server: it cuts a connection or holds a reply back where a test says."""
+"""A loopback proxy between an engine and its server. It cuts connections or delays replies where a test asks for it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ports import HOST
 class Proxy:
     """Passes bytes on, as they come; a context manager. An engine can be opened at it as at a server.
 
-    Refused: killing connections at the server, which cannot be told at which command, and kills between two of them.
+    Refused: killing connections at the server, which cannot choose the command, and kills between two commands.
     """
 
     def __init__(
@@ -27,7 +27,7 @@ class Proxy:
     ) -> None:
         """`cut` is asked about everything that goes to the server: True closes the connection in its place.
 
-        `hold` is called with everything that comes from it, before that is passed on, and may take its time.
+        `hold` is called with everything that comes from it, before it is passed on, and may block.
         """
         self._server = server
         self._cut, self._hold = cut, hold
@@ -91,7 +91,7 @@ def _shut(end: socket.socket) -> None:
 
 
 class Cuts:
-    """What a proxy cuts: each piece of data that has `what` in it while it is `armed`, `most` of them."""
+    """What a proxy cuts: while it is `armed`, each piece of data that contains `what`, at most `most` of them."""
 
     def __init__(self, what: bytes, most: int) -> None:
         self._what = what

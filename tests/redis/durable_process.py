@@ -50,7 +50,7 @@ class DurableProcess:
         return json.loads(self.process.stdout.readline())
 
     def told(self) -> list[Any]:
-        """End it in order, and return everything that it has told and was not read."""
+        """Stop the process cleanly, and return its output that was not read yet."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write("end\n")
@@ -68,7 +68,7 @@ class DurableProcess:
         self.process.send_signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
-        """Let it go on."""
+        """Let the process continue."""
         self.process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
@@ -84,7 +84,7 @@ def tell(what: Any) -> None:
 
 
 def main() -> None:
-    """Run the engine until it is told to end."""
+    """Run the engine until the process is asked to end."""
     from scopestate import Delivery, Engine, StateEvent
 
     config, hangs, ack_wait = (json.loads(argument) for argument in sys.argv[1:4])

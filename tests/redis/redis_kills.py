@@ -3,8 +3,8 @@
 Three processes compete for the events of one durable trigger, whose handler counts each event in a transaction that
 also acknowledges it. While this process writes, one of them, or the server, is killed again and again. Then:
 
-- every write that was acknowledged was handled, and nothing that nobody wrote;
-- the events of each key were begun in their order, and none behind a later one;
+- every acknowledged write was handled, and nothing was handled that was not written;
+- the handling of the events of each key began in their order, and no event came after a later one;
 - each event was counted exactly once.
 """
 
@@ -175,7 +175,7 @@ def _wait(condition: Any, what: Any) -> None:
 
 
 def main() -> None:
-    """Do so many runs, with seeds from SEED on."""
+    """Do this many runs, with seeds from SEED on."""
     from servers import Server
 
     runs, first = int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0

@@ -114,7 +114,7 @@ class Cluster:
         source, to = self.owner(slot), self._half_moved.pop(slot)
         while keys := source.ask("CLUSTER GETKEYSINSLOT", slot, 100):
             self._migrate(source, to, keys)
-        # The new owner first: between the two steps a slot that nobody owns would be an error, one that two own is not.
+        # The new owner first: between the two steps, a slot without an owner would be an error, one with two is not.
         others = [node for node in self._primaries() if node not in (source, to)]
         for node in (to, source, *others):
             node.ask("CLUSTER SETSLOT", slot, "NODE", self._id(to))
@@ -154,7 +154,7 @@ class Cluster:
         return primary
 
     def wait_for_takeover(self, dead: Server) -> None:
-        """Wait until another node serves the slots of a killed primary, and all the others say so."""
+        """Wait until another node serves the slots of a killed primary, and all other nodes report that."""
         gone = self._id(dead)
         wait_until(
             lambda: all(gone not in self._owners(node).values() for node in self._running()),
@@ -227,7 +227,7 @@ class Cluster:
 
 
 class Sentinel(ServerProcess):
-    """One sentinel: the same program, told to watch."""
+    """One sentinel: the same program in another mode."""
 
     flags = ("--sentinel",)
 

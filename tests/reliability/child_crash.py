@@ -10,7 +10,7 @@ so that no line is torn and what is there was said before the death:
     ack SCOPE N NS          ... is acknowledged
     event SCOPE N NS        ... was delivered to a handler
     again SCOPE N CALLS ANSWER   transaction number N was repeated with its idempotency key
-    expired SCOPE KEY N     a handler was told that the key has expired, with this value
+    expired SCOPE KEY N     a handler got the event that the key has expired, with this value
     alive SCOPE KEY MS MS   the key was read; when it expires, and the time before that
     save NS / saved NS      a save of the interval scopes begins / is done
     busy NS / idle NS       any save or commit begins / is done
@@ -61,7 +61,7 @@ def hear(event: StateEvent) -> None:
 
 
 def write_alone(engine: Engine, scope: str, last: int) -> None:
-    """Write the scope's history on from `last`: nobody else writes to it, so N is the number of the write."""
+    """Continue the scope's history after `last`. There is no other writer, so N is the number of the write."""
     number = last
     while True:
         number += 1
@@ -85,7 +85,7 @@ def write_shared(engine: Engine, scope: str, key: str, last: int) -> None:
 
 
 def write_ledger(engine: Engine, scope: str, last: int) -> None:
-    """Do the transactions behind `last`. Repeat those that may have been done, after each start and now and then."""
+    """Do the transactions after `last`. Repeat those that may have been done, after each start and at random times."""
 
     def transact(number: int) -> tuple[int, int]:
         run = Transaction(number)

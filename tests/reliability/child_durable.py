@@ -1,6 +1,6 @@
 """A program with durable triggers that kills itself: `child_durable.py STORE DURABILITY WHERE NOTES`.
 
-It notes each call of its handler in a file. What it was told to do is in `test_crash_durable.py`.
+It notes each call of its handler in a file. `test_crash_durable.py` decides what it does.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def open_engine(path: str, durability: str) -> Engine:
 
 
 def register(engine: Engine, notes: str, where: str = "") -> None:
-    """Register the handler: it notes its call, and does what `where` says."""
+    """Register the handler, which notes its call and then does what `where` names."""
     handle = os.open(notes, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
     @engine.on_change(scope="orders", durable="ship", retry=Retry(attempts=1 if "letter" in where else 10))

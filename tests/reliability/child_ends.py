@@ -71,7 +71,7 @@ def work_in_a_thread(name: str) -> None:
 
 
 def leave_a_thread_behind(name: str) -> None:
-    """The function returns at once; the thread that it leaves goes on to write, as in any program."""
+    """The function returns at once; the thread that it started continues to write, as in any program."""
     engine = open_engine(name)
     returned = threading.Event()
 
@@ -108,7 +108,7 @@ def work_and_miss_a_signal(name: str) -> None:
     fill(open_engine(name))
     noted = signal.set_wakeup_fd(-1)
     signal.set_wakeup_fd(noted)
-    os.write(noted, bytes([signal.SIGTERM]))  # what the interpreter's C code does when the signal comes
+    os.write(noted, bytes([signal.SIGTERM]))  # as the interpreter's C code does when the signal arrives
     threading.Event().wait()
 
 
@@ -190,7 +190,7 @@ def handles_it_on_its_event_loop() -> None:
 
 
 def ends_itself_in_its_handler() -> None:
-    """The shortest way out that a handler has: nothing of ours runs behind it."""
+    """The fastest exit that a handler can make: none of the engine's code runs after it."""
     kept.append(fill_under_a_handler_that_ends_the_process())
     say("ready")
     wait_for_ever()
@@ -254,7 +254,7 @@ def opened_in_a_thread_that_main_waits_for() -> None:
 
 
 def opened_in_a_thread_whose_first_signals_do_not_wake_main() -> None:
-    """As on a busy machine: the signal comes just before main sleeps, or its handler is removed too early."""
+    """As on a busy machine: the signal arrives just before main sleeps, or its handler is removed too early."""
     lost: list[int] = []
     send = signal.pthread_kill
 

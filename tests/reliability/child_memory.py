@@ -28,7 +28,7 @@ DIRECTORY, DURABILITY, COUNT = sys.argv[1], sys.argv[2], int(sys.argv[3])
 
 @contextmanager
 def without_memory(begin: int) -> Iterator[None]:
-    """Refuse COUNT allocations, after so many that succeed."""
+    """Refuse COUNT allocations, after a number of successful ones."""
     _testcapi.set_nomemory(begin, begin + COUNT)
     try:
         yield
@@ -72,7 +72,7 @@ def refusals(engine: Engine) -> int:
                 check(actor, [event for _, event in routed], f"allocation {begin} of {turn}")
                 assert list(actor._incoming.values()) == [event for _, event in routed]
                 if actor._sequence != before[1]:
-                    break  # it has happened; what comes behind it was refused
+                    break  # it has happened; what comes after it was refused
                 assert dict(actor._values or {}) == before[0]
                 continue
             break

@@ -76,7 +76,7 @@ def in_threads(engine: Engine, *, daemon: bool, count: int = 4) -> list[threadin
 
 
 def wait_for_ever() -> None:
-    # Not in one wait without limit: CPython can miss a signal that comes at the very moment when such a wait begins.
+    # Not in one wait without a limit: CPython can miss a signal that arrives just as such a wait begins.
     while True:
         threading.Event().wait(0.05)
 

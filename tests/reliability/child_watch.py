@@ -1,4 +1,4 @@
-"""A process that writes, watches, says what it has seen, and is killed: argv is the directory and the durability."""
+"""A process that writes, watches, prints what it has seen, and is killed. argv: the directory and the durability."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the last run of the reliability tests came to: kills survived, interruptions, seeds, cases.
+"""Figures of the last run of the reliability tests: kills survived, interruptions, seeds, cases.
 
 Each test records its own figures; they are kept in `bench-results/reliability.json`, next to those of the benchmarks,
 and a command puts them into docs/explanation/reliability.md.

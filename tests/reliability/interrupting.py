@@ -13,7 +13,7 @@ from typing import Any
 
 
 class Interruption(Exception):
-    """What a program's signal handler raises: an ordinary exception, such as a time limit's."""
+    """The exception of a program's signal handler: an ordinary one, such as that of a time limit."""
 
 
 def _place_for_a_signal() -> None:

@@ -1,4 +1,4 @@
-"""What the reliability tests share: settings, handlers that remember, threads whose errors count, child processes."""
+"""Shared code of the reliability tests: settings, recording handlers, threads whose errors fail a test, processes."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ INTERVAL_MS = 30
 
 
 class Life:
-    """What one child said between its begin and its end."""
+    """The output of one child between its beginning and its end."""
 
     def __init__(self, highest: dict[str, int]) -> None:
         self.opened = False
@@ -33,7 +33,7 @@ class Life:
         self.safe_before = 0
         """Whatever was acknowledged before this time is in a save that is done: the one before it had ended by then."""
         self.busy_since = 0
-        """When the save or commit began that was not done at the death; 0 if there was none."""
+        """When the save or commit began that the death interrupted; 0 if none was in progress."""
         self.longest_call = 0
         """Nanoseconds that the longest save or commit took."""
         self.killed_at = 0

@@ -1,4 +1,4 @@
-"""Scopes and stores that are held up, for calls that are given up meanwhile, and the check that all agrees later."""
+"""Scopes and stores that block, so that calls are given up in the meantime; and the check that all agrees later."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def watched(engine: Engine) -> Seen:
 
 
 class Gate:
-    """Holds up whoever comes until it is opened; says that somebody came."""
+    """Blocks every thread that calls it until it is opened, and reports that a thread has come."""
 
     def __init__(self) -> None:
         self.reached = threading.Event()
@@ -57,7 +57,7 @@ def busy(engine: Engine) -> tuple[Gate, InThread]:
 
 
 def check_agreement(engine: Engine, seen: Seen) -> None:
-    """Sequence, events and memory say the same, and nothing is held or stuck."""
+    """Check that sequence, events and memory agree, and that nothing is held or stuck."""
     engine.drain(PATIENCE_S)
     actor = engine._scopes["s"]
     mine = [event for event in seen.wait_for(actor._sequence) if event.scope == "s"]

@@ -1,4 +1,4 @@
-"""Turns that change several keys of a scope, and what must hold in the scope behind each."""
+"""Turns that change several keys of a scope, and what must be true of the scope after each."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def scope_of(engine: Engine) -> LocalScope:
 
 
 class Told:
-    """What a handler and a watch are told of a scope: the same."""
+    """The events of a scope as a handler and a watch get them: both must get the same."""
 
     def __init__(self, engine: Engine) -> None:
         self._seen = Seen()
@@ -38,7 +38,7 @@ class Told:
         self._told: list[tuple[Any, ...]] = []
 
     def wait_for(self, count: int) -> list[Any]:
-        """Wait for so many events, and return them."""
+        """Wait for this many events, and return them."""
         events = self._seen.wait_for(count)
         expected = [
             (event.revision, event.key, event.old_json, event.new_json, event.transaction)
@@ -89,7 +89,7 @@ def any_step(draw: random.Random, key: str, data: bytes) -> tx.Step:
 
 
 def replayed(events: list[Any]) -> dict[str, Any]:
-    """Return what the events say the scope holds."""
+    """Return the content of the scope according to the events."""
     state: dict[str, Any] = {}
     for event in events:
         assert event.old_value == state.get(event.key), event

@@ -27,7 +27,7 @@ class Undecided(Exception):
 
 
 class Bounded(RevisedModel):
-    """A scope of registers, for so many steps."""
+    """A scope of registers, used for a number of steps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ def calls_of(run: Run, attempts: list[Attempt]) -> list[Call]:
 
     What was refused is left out, and a read without an answer. A write of unknown outcome was sent to one owner, or
     waits to be sent until its process gives it up; so it has happened, if at all, before the next owner began. If
-    another call has told its value, it has happened before the end of that call.
+    another call has returned its value, it happened before the end of that call.
     """
     seen = sorted((one.ended or 0, json.dumps(one.result)) for one in attempts if one.outcome == "end")
     moments: list[tuple[int, int, Attempt]] = []
@@ -98,7 +98,7 @@ def calls_of(run: Run, attempts: list[Attempt]) -> list[Call]:
 
 
 def _value_of(one: Attempt) -> str:
-    """Return the text that only this write puts into a value; "" if it has none."""
+    """Return the text that only this write puts into a value; "" if there is no such text."""
     match one.kind:
         case "set" | "set_if":
             text = one.arguments[1]
@@ -211,7 +211,7 @@ def effects_once(run: Run) -> list[str]:
 
 
 def handled_in_order(run: Run) -> list[str]:
-    """Every event is handled at least once, and none is begun before the one before it for its key is handled."""
+    """Every event is handled at least once, and not before the previous event of its key is handled."""
     if not run.durable:
         return []
     found = []
@@ -229,7 +229,7 @@ def handled_in_order(run: Run) -> list[str]:
                 handled[key].add(number)
             elif number > 1 and number - 1 not in handled[key]:
                 if consumer == "counts" and run.final()["effects"].get(f"{key} {number - 1}"):
-                    continue  # its handler was killed behind its transaction
+                    continue  # its handler was killed after its transaction
                 found.append(f"order of events: {process} begins {key} number {number} before {number - 1} is handled")
         for key, last in orders.items():
             missing = [number for number in range(1, last + 1) if number not in handled[key]]

@@ -3,7 +3,7 @@
 Input, a line for each life, is JSON: `name`, `log` (a file), `config` (of the engine), `seed`, `quiet` (the clients
 end when this file exists), and for some lives `finish`, `plant` or `brief`. On its output it says `begin NAME PID` and
 `end NAME STATUS`, a line per `write`. A child appends what it does to its log, so that its death loses no fact
-(`facts.py` reads them). SIGTERM has it close its engine in order, while its clients go on calling.
+(`facts.py` reads them). On SIGTERM it closes its engine cleanly, while its clients continue to call.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def begin(line: str) -> tuple[str, int]:
     try:
         live(facts)
         status = 0
-    except BaseException:  # noqa: BLE001 - told, and the child ends
+    except BaseException:  # noqa: BLE001 - it is reported, and the child ends
         traceback.print_exc()
     finally:
         sys.stderr.flush()

@@ -37,7 +37,7 @@ REGISTERS: Final = "registers"
 GROUPS: Final = 2
 """So many groups of registers for each process."""
 EPOCH_S: Final = 4.0
-"""Registers are used for so long; then clients go on with new ones, so that no history is too long to be checked."""
+"""Registers are used for this long. Clients then continue with new ones, so that no history is too long to check."""
 REGISTER_KEYS: Final = ("k", "l", "m")
 COUNTERS: Final = 3
 ACCOUNTS: Final = tuple(f"account-{number}" for number in range(6))
@@ -297,7 +297,7 @@ class Writes(Client):
 
 
 class Watches(Client):
-    """Reads a watch of the orders, and goes on by its cursor."""
+    """Reads a watch of the orders, and continues by its cursor."""
 
     def run(self) -> None:
         cursor: str | None = None

@@ -79,7 +79,7 @@ class Run:
         return next((death.at for death in self.deaths if death.name == process and death.how != "stop"), 1 << 62)
 
     def owner_after(self, at: int) -> int | None:
-        """When the first owner after this time was seen; None if there was none."""
+        """When the first owner after this time was seen; None if no owner was seen."""
         place = bisect_right(self._openings, at)
         return self._openings[place] if place < len(self._openings) else None
 
@@ -108,7 +108,7 @@ def _attempts(process: str, facts: Iterable[Fact]) -> list[Attempt]:
 
 
 def read(path: Path) -> list[Fact]:
-    """Return the facts of a log; a last line that was cut off is none. Empty if the process has not begun."""
+    """Return the facts of a log, without a last line that was cut off. Empty if the process has not begun."""
     facts: list[Fact] = []
     if not path.exists():
         return facts

@@ -17,7 +17,7 @@ PATIENCE_S = 90.0
 
 def finish(engine: Engine, log: Log, facts: dict[str, Any]) -> None:
     """Wait for the durable triggers, count what was cut off, and log the content of every scope."""
-    for key in ORDER_KEYS:  # so that every process that is left is told of each key
+    for key in ORDER_KEYS:  # so that every remaining process gets an event for each key
         engine.update("orders", key, [Increment("", 1)])
     if facts["durable"]:
         wait_for_consumers(engine)

@@ -142,7 +142,7 @@ class Killing:
             self.deaths.append(Death(began, name, "stop", was_owner, time.monotonic_ns()))
 
     def holder(self) -> int:
-        """Return the process that has recorded itself as the owner; 0 if none has."""
+        """Return the process that has recorded itself as the owner; 0 if no process has."""
         try:
             found = json.loads((self.store / "state.lock").read_bytes().partition(b"\n")[0])
         except (OSError, ValueError):

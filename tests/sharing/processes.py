@@ -43,7 +43,7 @@ def role_of(engine: Engine) -> str:
 
 
 class Process:
-    """Another process with an engine on a directory. It does what it is told: see `sharing_process.py`."""
+    """Another process with an engine on a directory. It executes commands: see `sharing_process.py`."""
 
     def __init__(self, directory: Path | str, *, wait: bool = True, **options: Any) -> None:
         self._program = subprocess.Popen(
