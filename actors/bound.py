@@ -179,7 +179,7 @@ class JournalBound:
         slowest, most = None, -1.0
         for consumer in consumers:
             events, size = needed.wanted[consumer.number]
-            # One of the two numbers includes events of other scopes, and the other includes events handled since.
+            # `behind()` includes events of other scopes, and `events` includes events that were handled already.
             part = min(consumer.behind() / max(events, 1), 1.0)
             part *= size / max(needed.bytes, 1) if by_bytes else events / max(needed.events, 1)
             if part > most:
