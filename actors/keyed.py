@@ -27,8 +27,11 @@ log = Log("scopestate.persistence")
 
 LOADED_WHOLE: Final = 4_000
 """A scope with at most this many keys is loaded whole at its first call, in about 5 ms; turns then need no store."""
-WORTH: Final = 200_000
-"""After this many turns the whole scope is loaded. Turns are then as quick as those of a small scope."""
+FIRST_LOOK: Final = 1_000
+"""After this many turns, and each time their number has doubled, the engine looks whether loading the whole scope takes
+less time than the turns have taken. Afterwards turns are as quick as those of a small scope."""
+_KEYS_OF_A_TURN: Final = 5
+"""Loading this many keys takes about as long as one turn."""
 _TURNS_OF_A_KEY: Final = 10
 """Reading a key from the store takes about as long as this many turns that read none."""
 _FIRST_KEY: Final = Keys(Range(limit=1))
@@ -54,7 +57,7 @@ class KeyedScope(LocalScope):
     docs/design/0081-scopes-larger-than-memory.md has the reasons.
     """
 
-    __slots__ = ("_asked_whole", "_is_large", "_keyed", "_stored", "_turns", "_unsaved")
+    __slots__ = ("_asked_whole", "_is_large", "_keyed", "_look_at", "_stored", "_turns", "_unsaved")
 
     def __init__(self, scope: str, around: Surroundings, stored: StoredKeys, *, gated: bool = False) -> None:
         """`stored` reads the keys of the store."""
@@ -66,6 +69,7 @@ class KeyedScope(LocalScope):
         self._is_large = False
         """True if the state that was read last is one without keys."""
         self._turns = 0
+        self._look_at = FIRST_LOOK
         self._asked_whole = False
         super().__init__(scope, around, keeps=True, gated=gated)
 
@@ -140,11 +144,22 @@ class KeyedScope(LocalScope):
         return answer
 
     def _count(self, brought: int) -> None:
-        """Count a turn that has read this many keys, and ask for the whole scope after many turns."""
+        """Count a turn that has read this many keys. Ask for the whole scope after many turns for its size."""
         self._turns += 1 + _TURNS_OF_A_KEY * brought
-        if self._turns > WORTH and not self._asked_whole and not self._closed:
-            self._asked_whole = True
-            self._enqueue(Envelope(LoadWhole(), self._dispatcher.reply()))
+        if self._turns > self._look_at and not self._asked_whole and not self._closed:
+            self._look_at = 2 * self._turns
+            if self._is_worth_loading():
+                self._asked_whole = True
+                self._enqueue(Envelope(LoadWhole(), self._dispatcher.reply()))
+
+    def _count_anew(self) -> None:
+        self._turns, self._look_at, self._asked_whole = 0, FIRST_LOOK, False
+
+    def _is_worth_loading(self) -> bool:
+        try:
+            return self._stored.begin(self.scope, int(_KEYS_OF_A_TURN * self._turns)) is None
+        except StorageError:
+            return False  # this turn does not need the store
 
     def bring(self, keys: Iterable[str]) -> int:
         """Read keys that are not in memory. Returns how many those were. Within a turn. Raises StorageError."""
@@ -222,7 +237,7 @@ class KeyedScope(LocalScope):
             unexpired = Unexpired(values, deadlines, wheel, around.clock.now_ms, lambda: self._sequence)
             timed = WithDeadlines(self.scope, around, ordered, values, revisions, self._answers.kept, deadlines, wheel)
         closed = self._closed
-        self._turns, self._asked_whole = 0, False
+        self._count_anew()
         # A stretch.
         self._values = values
         self._revisions = revisions
@@ -292,7 +307,7 @@ class KeyedScope(LocalScope):
                 self._load_whole()
             except StorageError as error:
                 log.warning("scope %r is not loaded whole, which is tried again: %s", self.scope, error)
-                self._turns, self._asked_whole = 0, False
+                self._count_anew()
         return None
 
     def _close(self, handlers_may: bool) -> None:
@@ -314,4 +329,4 @@ class KeyedScope(LocalScope):
     def _forget(self) -> None:
         super()._forget()
         self._unsaved = _NOTHING
-        self._turns, self._asked_whole = 0, False
+        self._count_anew()

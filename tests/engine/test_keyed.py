@@ -30,6 +30,7 @@ Open = Callable[..., Engine]
 def open_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
     """Opens a store whose scope `s` has eight keys, of which more than four are not loaded whole."""
     monkeypatch.setattr(keyed, "LOADED_WHOLE", 4)
+    monkeypatch.setattr(keyed, "FIRST_LOOK", 1_000_000)
     engines: list[Engine] = []
 
     def open_(durability: str = "interval", **options: object) -> Engine:
@@ -108,7 +109,7 @@ def test_a_list_keeps_the_order_of_creation(open_engine: Open) -> None:
 def test_a_scope_that_is_used_often_is_loaded_whole_by_a_worker_thread(
     open_engine: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keyed, "WORTH", 20)
+    monkeypatch.setattr(keyed, "FIRST_LOOK", 20)
     engine = open_engine()
     engine.set("s", "k3", "changed")
     for _ in range(20):
@@ -120,6 +121,20 @@ def test_a_scope_that_is_used_often_is_loaded_whole_by_a_worker_thread(
     assert engine.get("s", "k3") == "changed"
     assert not is_part(engine)
     assert in_memory(engine) == KEYS
+
+
+def test_the_more_keys_a_scope_has_the_later_it_is_loaded_whole(
+    open_engine: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keyed, "FIRST_LOOK", 20)
+    monkeypatch.setattr(keyed, "_KEYS_OF_A_TURN", 0.1)
+    engine = open_engine()
+    gets = 0
+    while not gets or (is_part(engine) and not scope_of(engine).has_waiting()):
+        engine.get("s", "k3")
+        gets += 1
+    # The first one counts as 11. Looked after 21, 43 and 87: that many load 2, 4 and 8 keys.
+    assert gets == 77
 
 
 def test_a_read_from_the_store_does_not_run_on_the_event_loop(
