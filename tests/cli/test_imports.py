@@ -40,7 +40,8 @@ RICH_HELP = {"rich.console", "rich.live", "rich.markdown"}
 
 PROGRAM = """
 import atexit, sys
-atexit.register(lambda: print("modules:", *sys.modules, file=sys.stderr))
+before = {*sys.modules}  # coverage, if it measures, has imported some
+atexit.register(lambda: print("modules:", *(name for name in sys.modules if name not in before), file=sys.stderr))
 from scopestate.__main__ import main
 main()
 """
