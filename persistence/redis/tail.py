@@ -43,12 +43,13 @@ class Published:
     def __init__(self) -> None:
         self.newest = 0
         self.latest = 0
-        """The number noted last. If it is lower than `newest`, answers came out of order, or numbers have restarted."""
+        """If it is lower than `newest`, answers came out of order, or numbers have restarted."""
 
     def note(self, number: int) -> None:
         """Note the number of an event that this engine has published."""
+        # A number that was there before belongs to another event now, if the numbers have restarted.
+        self.latest = number if number > self.newest else number - 1
         self.newest = max(self.newest, number)
-        self.latest = number
 
     def restart(self, number: int) -> None:
         """Note that the numbers of events have gone back: earlier ones no longer count."""
@@ -273,7 +274,7 @@ class Tail(ABC):
         if not before or (before[0][0] == self._id and number_of(before[0][1]) in (self._number, None)):
             if published > counted:
                 self._note_unread(published, counted, where)
-            if before or counted == self._number:
+            if before or (counted == self._number and not self._has_next(connection)):
                 self._looked = wanted
                 self._tell_all()
             return
@@ -293,6 +294,10 @@ class Tail(ABC):
                 return
             before = connection.call("XREVRANGE", stream, b"(" + before[-1][0], "-", "COUNT", COUNT)
         self._begin_again(connection, where)
+
+    def _has_next(self, connection: Connection) -> bool:
+        """Return whether there is an entry that was not read: also in another stream with as many events."""
+        return bool(connection.call("XRANGE", self._shape.stream, b"(" + self._id, "+", "COUNT", 1))
 
     def _begin_again(self, connection: Connection, where: str) -> None:
         """Continue with the first event of another stream than the one that was read."""

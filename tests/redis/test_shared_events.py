@@ -246,6 +246,22 @@ def test_a_server_that_forgets_everything_is_reported_and_later_events_arrive(
     assert "has begun anew after event 5" in problems(reader)
 
 
+def test_drain_after_a_flush_waits_for_an_event_that_has_the_number_of_one_that_was_read(
+    redis_server: Server, engines: Engines, caplog: pytest.LogCaptureFixture
+) -> None:
+    writer = engines.open(redis_server)
+    own = Seen(writer)
+    with caplog.at_level(logging.CRITICAL, "scopestate"):
+        for number in range(20):
+            writer.set("s", "k", number)
+            writer.drain(20)
+            assert own.events[-1].new_value == number
+            redis_server.ask("FLUSHALL")
+            # An entry of the same millisecond would have the same id as well: nothing tells the two apart.
+            flushed_s = time.time()
+            wait_until(lambda: time.time() > flushed_s + 0.002, "the next millisecond")  # noqa: B023 - called at once
+
+
 def test_a_flush_is_reported_and_later_events_arrive_and_drain_ends(
     redis_server: Server, engines: Engines, caplog: pytest.LogCaptureFixture
 ) -> None:
