@@ -361,7 +361,7 @@ def test_events_behind_a_blocked_call_begin_though_the_first_look_came_before_it
         looked.set()
 
     def begin_after_the_look(handler: HandlerActor, hold: Hold, left: int) -> int:
-        assert looked.wait(PATIENCE_S), "nobody has looked"
+        assert looked.wait(PATIENCE_S), "the call was not looked at"
         return drain(handler, hold, left)
 
     monkeypatch.setattr(HandlerActor, "_look", look_when_all_are_here)
@@ -384,7 +384,7 @@ def test_an_event_begins_that_was_offered_while_a_turn_was_scheduled_in_vain(eng
     engine.set("s", "a", 0)
     gates["a"].wait_until_reached()
     until(lambda: not handler._scheduled)
-    handler._scheduled = True  # by somebody who saw no holder of the claim yet
+    handler._scheduled = True  # as the router does if it offers an event just before the claim is taken
     try:
         engine.set("s", "b", 0)
         until(lambda: handler._mailbox)
