@@ -243,6 +243,20 @@ def takes_two(target: Callable[..., Any]) -> bool:
     return len(needed) >= 2 or any(one.name == "delivery" and one.kind in kinds for one in parameters)
 
 
+def misfit_of(target: Callable[..., Any]) -> str | None:
+    """Return why a function cannot handle deliveries; None if it can, or if that cannot be told."""
+    target = plain_target(target)
+    try:
+        signature = inspect.signature(target)
+    except (TypeError, ValueError):
+        return None
+    try:
+        signature.bind(*(None, None) if takes_two(target) else (None,))
+    except TypeError as error:
+        return f"the handler of a durable trigger takes (event), or (event, delivery): {error}"
+    return None
+
+
 def running_loop() -> asyncio.AbstractEventLoop | None:
     """The event loop that is running on this thread, if any."""
     module = sys.modules.get("asyncio")  # if it is not imported, no loop runs; importing it takes 20 ms

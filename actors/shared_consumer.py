@@ -37,7 +37,7 @@ MOST_PARKED: Final = 10_000
 """The most events that are parked. With more, nothing is read until some of them are given to an engine."""
 MOST_PARKED_BYTES: Final = 64 << 20
 NEAR_MS: Final = 1000
-"""As `actors.durable.NEAR_S`: a retry that is due later is not waited for."""
+"""As `actors.fetching.NEAR_S`: a retry that is due later is not waited for."""
 
 _SELECTING: Final = ("scope", "key", "scope_prefix", "prefix", "events", "only_if_changed", "fields", "order")
 """The options of a trigger that say which events a consumer has, and in which order."""

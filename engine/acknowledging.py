@@ -22,7 +22,7 @@ from scopestate.ops.turns import checked_name
 from scopestate.ops.values import decode, encode
 
 if TYPE_CHECKING:
-    from scopestate.actors.durable import Attempt
+    from scopestate.actors.durable_attempt import Attempt
     from scopestate.engine import Engine
 
 

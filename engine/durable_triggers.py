@@ -15,7 +15,7 @@ from scopestate.signals import Guard, exclusive
 
 if TYPE_CHECKING:
     from scopestate.actors.clock import Clock
-    from scopestate.actors.durable import Attempt
+    from scopestate.actors.durable_attempt import Attempt
     from scopestate.actors.services import HandlerServices
     from scopestate.actors.shared_consumer import SharedConsumer
     from scopestate.actors.triggers import TriggerTable

@@ -58,7 +58,7 @@ from scopestate.persistence.local import LocalBackend
 from scopestate.signals import Guard, exclusive
 
 if TYPE_CHECKING:
-    from scopestate.actors.durable import Attempt
+    from scopestate.actors.durable_attempt import Attempt
 
 log: Final = Log("scopestate.engine")
 

@@ -10,8 +10,7 @@ from typing import Any, Final, NamedTuple, Never, Protocol, TypeGuard, TypeVar, 
 
 from scopestate.actors.consuming import BY_THE_PROGRAM, Consumers
 from scopestate.actors.containment import Log, described, is_from_outside
-from scopestate.actors.durable import misfit_of
-from scopestate.actors.functions import Function, Functions, is_async, is_generator, running_loop
+from scopestate.actors.functions import Function, Functions, is_async, is_generator, misfit_of, running_loop
 from scopestate.actors.router import EventRouter
 from scopestate.actors.triggers import TriggerTable
 from scopestate.errors import HandlerTimeout, InvalidRegistration

@@ -14,7 +14,7 @@ from scopestate.server.worker import LATER_S, WorkerFunction
 
 if TYPE_CHECKING:
     from scopestate.actors.consuming import Consumers
-    from scopestate.actors.durable import Attempt
+    from scopestate.actors.durable_attempt import Attempt
     from scopestate.ops.deliveries import Delivery
     from scopestate.ops.results import StateEvent
     from scopestate.server.access import Access

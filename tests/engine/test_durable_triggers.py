@@ -15,6 +15,7 @@ import pytest
 from scopestate import Delivery, Discard, Engine, Retry, StateEvent
 from scopestate.actors import consumers as consumers_module
 from scopestate.actors import durable as durable_module
+from scopestate.actors import fetching as fetching_module
 from scopestate.errors import (
     Compacted,
     ConfigError,
@@ -744,8 +745,8 @@ def test_what_waits_in_memory_is_bounded_in_bytes(
     opened: Opener, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
     monkeypatch.setattr(consumers_module, "MOST_LIVE_BYTES", 2_000)
-    monkeypatch.setattr(durable_module, "MOST_HELD_BYTES", 2_000)
-    monkeypatch.setattr(durable_module, "FETCHED", 4)
+    monkeypatch.setattr(fetching_module, "MOST_HELD_BYTES", 2_000)
+    monkeypatch.setattr(fetching_module, "FETCHED", 4)
     engine = opened()
     gate, seen = threading.Event(), list[Any]()
 
@@ -771,8 +772,8 @@ def test_what_waits_in_memory_is_bounded_in_bytes(
 
 
 def test_what_is_purged_makes_room_for_others(opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(durable_module, "MOST_HELD_BYTES", 1_000)
-    monkeypatch.setattr(durable_module, "FETCHED", 4)
+    monkeypatch.setattr(fetching_module, "MOST_HELD_BYTES", 1_000)
+    monkeypatch.setattr(fetching_module, "FETCHED", 4)
     engine = opened()
     seen: list[Any] = []
     blocks = no_retry(on_giving_up="block")
@@ -868,7 +869,7 @@ def test_while_its_function_is_missing_few_events_wait_in_memory(
     opened: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(durable_module, "TROUBLE_S", 0.05)
-    monkeypatch.setattr(durable_module, "FETCHED", 10)
+    monkeypatch.setattr(fetching_module, "FETCHED", 10)
     engine = opened()
     seen: list[Any] = []
     engine.register_function("ship", lambda event: None)
