@@ -17,9 +17,9 @@ from scopestate.actors.journal import EVENT_OVERHEAD, Journal, Needed
 
 if TYPE_CHECKING:
     from scopestate.actors.backlog import Limits
-    from scopestate.actors.consumers import JournalConsumer
     from scopestate.actors.dispatcher import Dispatcher
     from scopestate.actors.feed import Feed
+    from scopestate.actors.journal_consumer import JournalConsumer
     from scopestate.ops.results import StateEvent
 
 log = Log("scopestate.triggers")

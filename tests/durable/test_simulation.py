@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from scopestate.actors.consumers import JournalConsumer
 from scopestate.actors.feed import Feed
+from scopestate.actors.journal_consumer import JournalConsumer
 from scopestate.actors.progress import Progress
 from scopestate.actors.shared_consumer import _Lane
 from scopestate.actors.watcher import Watcher

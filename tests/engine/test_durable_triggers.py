@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from scopestate import Delivery, Discard, Engine, Retry, StateEvent
-from scopestate.actors import consumers as consumers_module
 from scopestate.actors import durable as durable_module
 from scopestate.actors import fetching as fetching_module
+from scopestate.actors import journal_consumer as journal_consumer_module
 from scopestate.errors import (
     Compacted,
     ConfigError,
@@ -744,7 +744,7 @@ def test_an_overdue_attempt_names_its_limit(opened: Opener, caplog: pytest.LogCa
 def test_what_waits_in_memory_is_bounded_in_bytes(
     opened: Opener, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(consumers_module, "MOST_LIVE_BYTES", 2_000)
+    monkeypatch.setattr(journal_consumer_module, "MOST_LIVE_BYTES", 2_000)
     monkeypatch.setattr(fetching_module, "MOST_HELD_BYTES", 2_000)
     monkeypatch.setattr(fetching_module, "FETCHED", 4)
     engine = opened()

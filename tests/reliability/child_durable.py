@@ -14,7 +14,8 @@ from collections.abc import Callable
 from typing import Any
 
 from scopestate import Delivery, Engine, Retry, StateEvent
-from scopestate.actors.consumers import JournalConsumer, JournalConsumers
+from scopestate.actors.consumers import JournalConsumers
+from scopestate.actors.journal_consumer import JournalConsumer
 from scopestate.persistence.sqlite.adapter import FileAdapter
 from scopestate.persistence.sqlite.deliveries import Deliveries
 
