@@ -13,8 +13,9 @@ import msgspec
 from scopestate.actors.backlog import size_of
 from scopestate.actors.consuming import ConsumerPort, ConsumerStatus, Held, Outcome
 from scopestate.actors.containment import Log
+from scopestate.actors.holders import Holder
 from scopestate.actors.progress import Progress
-from scopestate.actors.shared_consumer import HERE, Holder, SharedConsumer
+from scopestate.actors.shared_consumer import HERE, SharedConsumer
 from scopestate.errors import StorageError, Unsupported
 from scopestate.signals import Guard, exclusive
 

@@ -8,18 +8,17 @@ holds.
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
 from scopestate.actors.backlog import size_of
 from scopestate.actors.consuming import Held, Outcome
 from scopestate.actors.containment import Log
-from scopestate.actors.pace import Pace
+from scopestate.actors.holders import Early, Hold, Holder, SharedLane, Source
 from scopestate.errors import StorageError, Unsupported
 from scopestate.ops.triggers import Trigger
 from scopestate.signals import Guard
@@ -56,152 +55,6 @@ def standing_by(consumer: str) -> str:
     )
 
 
-class Source(Protocol):
-    """The source of a shared consumer's events, which also gets their outcomes: a consumer of the journal."""
-
-    name: str
-    number: int
-    forgotten: bool
-    """True: the consumer is gone, and outcomes of its events no longer count."""
-    reading: threading.Lock
-    """Held while events are read and sorted, so that they are sorted in the order in which they are read."""
-
-    def read(self, most: int) -> list[Held]:
-        """As `ConsumerPort.fetch`; the caller holds `reading`."""
-
-    def open_items(self) -> list[Held]:
-        """Return the deliveries that were fetched and are not over, in order."""
-
-    def claim(self, positions: Sequence[int]) -> list[Held]:
-        """Return those of these events that are not over and were not fetched, as fetched now."""
-
-    def take(self, outcomes: Sequence[Outcome]) -> None:
-        """As `ConsumerPort.ended`, for outcomes that count."""
-
-    def note(self, attempts: Sequence[tuple[int, int]]) -> None:
-        """As `ConsumerPort.began`."""
-
-    def follow(self, trigger: Trigger) -> None:
-        """From now on, read the events that this trigger wants."""
-
-    def transaction(self, position: int, scope: str) -> Any:
-        """As `ConsumerPort.transaction`."""
-
-    def transaction_failed(self, position: int) -> None:
-        """As `ConsumerPort.transaction_failed`."""
-
-    def full(self, letters: int) -> bool:
-        """As `ConsumerPort.full`."""
-
-    def flush(self) -> None:
-        """As `ConsumerPort.flush`."""
-
-    def is_acknowledged(self, position: int) -> bool:
-        """As `ConsumerPort.is_acknowledged`."""
-
-    def paused(self) -> str | None:
-        """As `ConsumerPort.paused`."""
-
-    def is_read_to(self, mark: int) -> bool:
-        """Return whether every event up to a position was fetched."""
-
-    def end_sharing(self) -> None:
-        """Stop sharing: from now on this engine alone takes the events."""
-
-
-class Holder:
-    """One engine that takes events of a consumer."""
-
-    def __init__(
-        self,
-        name: str,
-        trigger: Trigger,
-        since_ms: int,
-        wake: Callable[[], object],
-        lost: Callable[[Sequence[int]], object],
-        monotonic: Callable[[], float],
-    ) -> None:
-        """`wake` and `lost` as of `ConsumerPort.start`."""
-        self.name = name
-        self.trigger = trigger
-        self.since_ms = since_ms
-        """When its program registered the trigger, in milliseconds since the epoch. The latest one applies."""
-        self.wake = wake
-        self.lost = lost
-        self.holds: dict[int, Hold] = {}
-        self.active = 0
-        """How many of its events are in lanes that do not wait for another attempt."""
-        self.lanes = 0
-        """How many such lanes these are: those that it can handle side by side."""
-        self.given: deque[Held] = deque()
-        """Events that it gets before any others: replayed ones that hold back their lanes, and those left over."""
-        self.pace = Pace(monotonic)
-        self.is_hungry = False
-        """True: its last fetch found too little."""
-        self.stands_by = False
-        """True: a newer trigger wants other events, or another order."""
-        self.is_leaving = False
-        """True: it gets no more events, and stops being a holder once it holds none."""
-
-    def room(self) -> int:
-        """Return how many more events it may hold."""
-        return self.pace.room(self.trigger, self.active, self.lanes)
-
-
-class Hold:
-    """One event that an engine holds."""
-
-    __slots__ = ("begun", "fence", "holder", "item", "lane", "serial", "waits")
-
-    def __init__(self, item: Held, holder: Holder, lane: _Lane, begun: int = 0) -> None:
-        self.item = item
-        self.holder = holder
-        self.lane = lane
-        self.begun = begun
-        """The attempt that is running; 0: none is."""
-        self.serial = 0
-        """The number of the engine's message that reported the attempt; 0: it has ended."""
-        self.fence: dict[str, str] | None = None
-        """The fence of the transaction of its attempt (`ops.transactions.DeliveryBatch`)."""
-        self.waits = False
-        """True: it waits for its next attempt, or holds back its lane."""
-
-
-class _Early(NamedTuple):
-    begun: dict[int, int]
-    """Position -> attempt."""
-    ended: list[Outcome]
-
-
-class _Lane:
-    __slots__ = ("holders", "holds", "name", "parked", "waits")
-
-    def __init__(self, name: Any) -> None:
-        self.name = name
-        self.holders: dict[Holder, int] = {}
-        """How many of its events each engine holds. More than one engine may: what they were handling under another
-        owner."""
-        self.holds: dict[int, Hold] = {}
-        self.parked: dict[int, Held] = {}
-        """In the order in which they must be handled; all of them come after the held events."""
-        self.waits = 0
-        """How many of the held events wait for another attempt."""
-
-    def is_open_to(self, holder: Holder) -> bool:
-        """Return whether no other engine holds an event of it."""
-        return not self.holders or (len(self.holders) == 1 and holder in self.holders)
-
-    def add(self, holder: Holder, by: int) -> None:
-        """Count an event that an engine holds, or no longer holds."""
-        before = self.holders.pop(holder, 0)
-        count = before + by
-        if count:
-            self.holders[holder] = count
-        if not self.waits:
-            holder.active += by
-            holder.lanes += bool(count) - bool(before)
-
-
 class SharedConsumer:
     """Decides which engine handles which event.
 
@@ -215,7 +68,7 @@ class SharedConsumer:
         self._guard = Guard()
         self._holders: dict[str, Holder] = {}
         self._holds: dict[int, Hold] = {}
-        self._lanes: dict[Any, _Lane] = {}
+        self._lanes: dict[Any, SharedLane] = {}
         self._ready: dict[Any, None] = {}
         """Lanes that have parked events, and of which no engine holds an event."""
         self._parked = self._parked_bytes = 0
@@ -223,7 +76,7 @@ class SharedConsumer:
         """The trigger that says which events are read, and in which order they are handled."""
         self._waiters: list[Callable[[], object]] = []
         self._has_ended = False
-        self._early: _Early | None = None
+        self._early: Early | None = None
         """What begins and ends here between `expect` and `begin`; None: at any other time."""
         self._unclaimed: Holder | None = None
         """Holds what each engine was handling when the previous owner ended, until that engine claims it."""
@@ -247,7 +100,7 @@ class SharedConsumer:
         """Record what begins and ends in this engine, which takes events already, until `begin` follows."""
         self._holders[HERE] = here
         self.leading = here.trigger
-        self._early = _Early({}, [])
+        self._early = Early({}, [])
 
     def begin(self, items: Sequence[Held], running: Mapping[int, int]) -> None:
         """Record what this engine holds: everything that was fetched, and was not over a moment ago."""
@@ -255,7 +108,7 @@ class SharedConsumer:
         self.ended(here, ended, is_taken=True)
 
     def _begin(self, items: Sequence[Held], running: Mapping[int, int]) -> tuple[Holder, list[Outcome]]:
-        here, early = self._holders[HERE], self._early or _Early({}, [])
+        here, early = self._holders[HERE], self._early or Early({}, [])
         self._early = None
         begun = {**running, **early.begun}
         for item in items:
@@ -344,7 +197,7 @@ class SharedConsumer:
         holder.given = deque([item for item in holder.given if item.event.position not in kept])
         return lost, changed
 
-    def _claimed(self, holder: Holder, position: int, item: Held | None, parked_in: _Lane | None) -> Hold | None:
+    def _claimed(self, holder: Holder, position: int, item: Held | None, parked_in: SharedLane | None) -> Hold | None:
         """Return an event whose attempt is running in an engine as held by it; None if another engine has it."""
         hold = self._holds.get(position)
         if hold is None:
@@ -358,7 +211,7 @@ class SharedConsumer:
             self._move(hold, holder)
         return hold if hold.holder is holder else None
 
-    def _kept(self, holder: Holder, position: int, parked_in: _Lane | None) -> Hold | None:
+    def _kept(self, holder: Holder, position: int, parked_in: SharedLane | None) -> Hold | None:
         """Return an event that an engine has not begun as held by it; None: it comes in the order of its lane.
 
         An event that was not read yet, or waits to be claimed, is not kept either: earlier events of its lane may come.
@@ -378,7 +231,7 @@ class SharedConsumer:
             self._set_waits(hold, waits=hold.item.blocked or hold.item.due_ms > self._now_ms())
         return hold
 
-    def _unpark(self, lane: _Lane, position: int) -> Held:
+    def _unpark(self, lane: SharedLane, position: int) -> Held:
         item = lane.parked.pop(position)
         self._count_parked(item, -1)
         self._ready.pop(lane.name, None)
@@ -702,7 +555,7 @@ class SharedConsumer:
 
     # ----------------------------------------------------------------------------------------------------- the tables
 
-    def _lane_of(self, event: StateEvent) -> _Lane:
+    def _lane_of(self, event: StateEvent) -> SharedLane:
         order = "key" if self.leading is None else self.leading.order
         if order == "key":
             name: Any = (event.scope, event.key)
@@ -712,7 +565,7 @@ class SharedConsumer:
             name = event.position if order == "none" else None
         lane = self._lanes.get(name)
         if lane is None:
-            lane = self._lanes[name] = _Lane(name)
+            lane = self._lanes[name] = SharedLane(name)
         return lane
 
     def _put(self, hold: Hold) -> None:
@@ -727,7 +580,7 @@ class SharedConsumer:
         lane.add(hold.holder, -1)
         self._tidy(lane)
 
-    def _tidy(self, lane: _Lane) -> None:
+    def _tidy(self, lane: SharedLane) -> None:
         """Update a lane from which an event was taken."""
         if lane.holds:
             return
@@ -760,7 +613,7 @@ class SharedConsumer:
 
     def _park(self, holds: Sequence[Hold]) -> None:
         """Take these events from the engines that hold them, and park them before the other events of their lanes."""
-        first: dict[_Lane, list[Held]] = {}
+        first: dict[SharedLane, list[Held]] = {}
         for hold in holds:
             lane = hold.lane
             first.setdefault(lane, []).append(hold.item)

@@ -15,7 +15,7 @@ from msgspec import Raw
 
 from scopestate.actors.backlog import size_of
 from scopestate.actors.consuming import Outcome
-from scopestate.actors.shared_consumer import Holder
+from scopestate.actors.holders import Holder
 from scopestate.errors import (
     ConfigError,
     Conflict,

@@ -12,8 +12,9 @@ import msgspec
 import pytest
 
 from scopestate.actors.consuming import Held, Outcome, Verdict
+from scopestate.actors.holders import Holder
 from scopestate.actors.pace import MOST_AHEAD
-from scopestate.actors.shared_consumer import ENDED, HERE, Holder, SharedConsumer
+from scopestate.actors.shared_consumer import ENDED, HERE, SharedConsumer
 from scopestate.errors import StorageError, Unsupported
 from scopestate.ops.results import StateEvent
 from scopestate.ops.triggers import Order, Trigger

@@ -10,7 +10,7 @@ import pytest
 
 from scopestate import Engine
 from scopestate.actors.consuming import Outcome
-from scopestate.actors.shared_consumer import Holder
+from scopestate.actors.holders import Holder
 from scopestate.ops.triggers import Trigger
 
 

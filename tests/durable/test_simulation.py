@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from scopestate.actors.feed import Feed
+from scopestate.actors.holders import SharedLane
 from scopestate.actors.journal_consumer import JournalConsumer
 from scopestate.actors.progress import Progress
-from scopestate.actors.shared_consumer import _Lane
 from scopestate.actors.watcher import Watcher
 from tests.durable.simulator import noted, simulate, traced
 from tests.effort import size, untraced
@@ -124,7 +124,7 @@ def test_a_planted_bug_is_caught(bug: Callable[[Patch], None], monkeypatch: Patc
 def test_it_is_caught_if_a_lane_overlooks_what_a_follower_may_be_handling(monkeypatch: Patch) -> None:
     """Few seeds come there: in each of these, a crash cuts off an event of a lane in which this engine has others."""
     seeds = (126, *range(ENOUGH_SEEDS))
-    monkeypatch.setattr(_Lane, "is_open_to", lambda self, holder: not self.holders or holder in self.holders)
+    monkeypatch.setattr(SharedLane, "is_open_to", lambda self, holder: not self.holders or holder in self.holders)
 
     with untraced():
         assert any(simulate(seed) is not None for seed in seeds)
