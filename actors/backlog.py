@@ -56,6 +56,8 @@ class Limits(msgspec.Struct):
     close_grace_s: float = 5.0
     passivate_after_s: float = 300.0
     """0: never."""
+    max_resident_bytes: int = 0
+    """0: no limit."""
 
 
 class Tally:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
+from itertools import islice
 from typing import Any, Final, TypeVar
 
 from scopestate.actors.containment import Log
@@ -13,7 +15,6 @@ from scopestate.actors.ports import ScopeState, StoredKeys
 from scopestate.actors.reply import Envelope
 from scopestate.actors.scope import Housekeeping, ScopeActor, Surroundings
 from scopestate.actors.stretch import NO_DEADLINES, Collected, remover
-from scopestate.actors.turn import BUSY
 from scopestate.actors.view import InMemory, Unexpired, WithDeadlines
 from scopestate.actors.wheel import Wheel
 from scopestate.errors import StorageError
@@ -35,7 +36,30 @@ _KEYS_OF_A_TURN: Final = 5
 _TURNS_OF_A_KEY: Final = 10
 """Reading a key from the store takes about as long as this many turns that read none."""
 _FIRST_KEY: Final = Keys(Range(limit=1))
+_NO_ORDER: Final = OrderedKeys({}, lambda: 0)
 _NOTHING: Final[dict[str, None]] = {}
+
+_ENTRY_BYTES: Final = 165
+"""About what a key of 16 characters and its numbers take in memory, beside its value and its places in the tables."""
+_SAMPLE: Final = 16
+_SAMPLED_FROM: Final = 20_000
+"""Samples are taken among so many values at either end of the table: that takes 0.1 ms at most."""
+_STEP: Final = 7919
+_WEIGHT: Final = 0.25
+"""How much a sample counts in the mean of all of them."""
+_GONE_AT_ONCE: Final = 10_000
+"""Keys that leave memory in one turn, in a few milliseconds."""
+_REST: Final = 4
+"""After a search of the whole table that has not found enough, the next one begins after so many times its length."""
+_ROOM_BYTES: Final = 300
+"""Bytes of a table for each of its keys: a dict that only grows takes at most half of that."""
+_SMALL_TABLE: Final = 1 << 16
+
+
+class Shed(Housekeeping[int], frozen=True):
+    """Some keys are to leave memory. Answer: about how many bytes they have taken."""
+
+    bytes: int
 
 
 class LoadWhole(Housekeeping[None], frozen=True):
@@ -57,7 +81,23 @@ class KeyedScope(LocalScope):
     docs/design/0081-scopes-larger-than-memory.md has the reasons.
     """
 
-    __slots__ = ("_asked_whole", "_is_large", "_keyed", "_look_at", "_stored", "_turns", "_unsaved")
+    __slots__ = (
+        "_asked_whole",
+        "_hand",
+        "_is_large",
+        "_kept",
+        "_keyed",
+        "_look_at",
+        "_mean",
+        "_recent",
+        "_searched_s",
+        "_skip",
+        "_stored",
+        "_turns",
+        "_unsaved",
+        "is_shedding",
+        "rests_until_s",
+    )
 
     def __init__(self, scope: str, around: Surroundings, stored: StoredKeys, *, gated: bool = False) -> None:
         """`stored` reads the keys of the store."""
@@ -71,22 +111,25 @@ class KeyedScope(LocalScope):
         self._turns = 0
         self._look_at = FIRST_LOOK
         self._asked_whole = False
+        self._recent: dict[str, None] = {}
+        """Keys that were used since the search for keys that may leave memory has begun at the first key."""
+        self._kept: dict[str, None] = {}
+        """Those that were used between its beginning before that and this one."""
+        self._hand = -1
+        """Where it goes on: a place in the table of values; -1: it begins anew."""
+        self._searched_s = 0.0
+        """When it has begun at the first key."""
+        self.is_shedding = False
+        """True while it goes on in the next turns."""
+        self.rests_until_s = 0.0
+        """When the next search may begin, by the dispatcher's clock."""
+        self._mean = 0.0
+        """The mean size of the values in samples."""
+        self._skip = 0
+        """Where the last sample began."""
         super().__init__(scope, around, keeps=True, gated=gated)
 
     # -------------------------------------------------------------------------------------------------------- ways in
-
-    def run_now(self, turn: Turn[A]) -> A:
-        if self._gate is None and self._has_keys_of(turn):
-            answer: A = self._if_idle(self.on_receive, turn)
-            return answer
-        return super().run_now(turn)
-
-    def send(self, envelope: Envelope) -> None:
-        if not self._has_keys_of(envelope.message):
-            super().send(envelope)
-        elif self._if_idle(self._handle, envelope) is BUSY:
-            self._refuse_own_turn()
-            self.post(envelope)
 
     def _has_keys_of(self, turn: object) -> bool:
         """True if a part of the scope is in memory that has all keys of the turn. May be called from any thread."""
@@ -130,8 +173,10 @@ class KeyedScope(LocalScope):
         try:
             if keys is not None:
                 keyed.begin(None)
+                if self._around.limits.max_resident_bytes:
+                    self._note_used(keys)
                 brought = self.bring(keys)
-            elif brought := keys_read(turn):
+            elif (brought := keys_read(turn)) or self._around.limits.max_resident_bytes:
                 keyed.begin(turn)
             else:
                 self._load_whole()
@@ -143,10 +188,21 @@ class KeyedScope(LocalScope):
         answer: A = self._decide(turn) if way is None else way(self, turn)
         return answer
 
+    def _note_used(self, keys: Iterable[str]) -> None:
+        """Note that keys were used again, if they are in memory: they leave it later than others."""
+        values, recent = self._values, self._recent
+        assert values is not None  # within a turn
+        for key in keys:
+            if key in values:
+                recent[key] = None
+        if len(recent) > 2 * len(values) + _SAMPLE:
+            self._recent = {}  # most of them were deleted
+
     def _count(self, brought: int) -> None:
         """Count a turn that has read this many keys. Ask for the whole scope after many turns for its size."""
         self._turns += 1 + _TURNS_OF_A_KEY * brought
-        if self._turns > self._look_at and not self._asked_whole and not self._closed:
+        limited = self._around.limits.max_resident_bytes
+        if self._turns > self._look_at and not self._asked_whole and not self._closed and not limited:
             self._look_at = 2 * self._turns
             if self._is_worth_loading():
                 self._asked_whole = True
@@ -210,9 +266,7 @@ class KeyedScope(LocalScope):
         values, revisions, created = dict[str, bytes](), dict[str, int](), dict[str, int]()
         deadlines = dict[str, int]()
         wheel = Wheel(deadlines)
-        keyed = Keyed(
-            self, self._around, self._stored, values, revisions, created, self._answers.kept, deadlines, wheel
-        )
+        keyed = self._part_view(values, revisions, created, deadlines, wheel)
         self.readable = None
         # A stretch.
         self._values = values
@@ -238,6 +292,7 @@ class KeyedScope(LocalScope):
             timed = WithDeadlines(self.scope, around, ordered, values, revisions, self._answers.kept, deadlines, wheel)
         closed = self._closed
         self._count_anew()
+        self._recent, self._kept, self._hand = {}, {}, -1
         # A stretch.
         self._values = values
         self._revisions = revisions
@@ -285,6 +340,137 @@ class KeyedScope(LocalScope):
                 state.deadlines[key] = self._deadlines[key]
         return state
 
+    # ---------------------------------------------------------------------------------------------- leaving memory
+
+    def resident_bytes(self) -> int:
+        """Return about how much memory the keys and values take. From any thread."""
+        values = self._values
+        if not values:
+            return 0
+        start = self._skip = (self._skip + _STEP) % min(len(values), _SAMPLED_FROM)
+        try:
+            sample = list(islice(values.values(), start, start + _SAMPLE))
+            sample += islice(reversed(values.values()), start, start + _SAMPLE)
+        except RuntimeError:  # a key came or went in between
+            sample = []
+        if sample:
+            found = sum(map(len, sample)) / len(sample)
+            self._mean = self._mean + _WEIGHT * (found - self._mean) if self._mean else found
+        return len(values) * (_ENTRY_BYTES + round(self._mean)) + self._table_bytes(values)
+
+    def unsaved_count(self) -> int:
+        """Return how many keys have changes that no save has begun with. From any thread."""
+        return len(self._dirty or _NOTHING)
+
+    def _table_bytes(self, values: dict[str, bytes]) -> int:
+        # `_revisions` and `_created` are as large as `_values`.
+        return 3 * sys.getsizeof(values) + sys.getsizeof(self._recent) + sys.getsizeof(self._kept)
+
+    def _shed(self, wanted: int) -> int:
+        """Let keys leave memory, which the store has as they are. Within a turn."""
+        self.is_shedding = False
+        values = self._values
+        if values is None or self._closed or self._passivated or self.pinned:
+            return 0
+        if self._keyed is None and (self._is_saving() or not self._become_part()):
+            return 0
+        if self._hand < 0:
+            self._searched_s = self._dispatcher.monotonic()
+        gone = self._choose()
+        each = _ENTRY_BYTES + self._table_bytes(values) // max(1, len(values))
+        size = each * len(gone) + sum([len(values[key]) for key in gone])
+        if gone:
+            # One step, as it is written in C.
+            remover((values, gone), (self._revisions, gone), (self._created, gone))()
+        if size < wanted and self._hand >= 0:
+            self._enqueue(Envelope(Shed(wanted - size), self._dispatcher.reply()))
+            self.is_shedding = True
+        else:
+            if self._hand < 0:
+                now_s = self._dispatcher.monotonic()
+                self.rests_until_s = now_s + _REST * (now_s - self._searched_s)
+            self._shrink_tables()
+        return size
+
+    def _is_saving(self) -> bool:
+        """True if the scope is whole and some of its keys are being saved: which ones is not known."""
+        return self._saving or (self._gate is not None and self._gate.is_waiting())
+
+    def _shrink_tables(self) -> None:
+        """Copy the tables if they have room for many more keys than there are. Within a turn.
+
+        A dict from which keys are removed keeps its size.
+        """
+        values = self._values
+        assert values is not None  # within a turn
+        if sys.getsizeof(values) <= max(_SMALL_TABLE, _ROOM_BYTES * len(values)):
+            return
+        try:
+            values, revisions, created = values.copy(), self._revisions.copy(), self._created.copy()
+            keyed = self._part_view(values, revisions, created, self._deadlines, self._wheel)
+        except MemoryError:
+            return  # the tables stay as they are
+        # A stretch.
+        self._values = values
+        self._revisions = revisions
+        self._created = created
+        self._timed_view = keyed
+        self._keyed = keyed
+
+    def _choose(self) -> list[str]:
+        """Return keys that may leave memory. The search goes on where it has ended.
+
+        It passes the keys that were used since it has begun at the first key the last time: so they stay if they are
+        used again before it comes back.
+        """
+        values, dirty, unsaved, deadlines = self._values, self._dirty or _NOTHING, self._unsaved, self._deadlines
+        assert values is not None  # within a turn
+        if self._hand < 0:
+            self._kept, self._recent, self._hand = self._recent, {}, 0
+        kept, recent = self._kept, self._recent
+        looked_at = list(islice(values, self._hand, self._hand + _GONE_AT_ONCE))
+        gone = [
+            key
+            for key in looked_at
+            if not (key in kept or key in recent or key in dirty or key in unsaved or key in deadlines)
+        ]
+        self._hand = self._hand + len(looked_at) - len(gone) if len(looked_at) == _GONE_AT_ONCE else -1
+        return gone
+
+    def _become_part(self) -> bool:
+        """Go on as a scope of which a part is in memory, which is all of it at first. Within a turn."""
+        values = self._values
+        assert values is not None  # the caller has looked
+        if not self._stored.is_ready():
+            return False
+        deadlines = self._deadlines if self._deadlines is not NO_DEADLINES else {}
+        wheel = self._wheel if self._wheel is not None else Wheel(deadlines)
+        keyed = self._part_view(values, self._revisions, self._created, deadlines, wheel)
+        self.readable = None  # before keys can be missed
+        self._count_anew()
+        self._unsaved, self._recent, self._hand = _NOTHING, {}, -1
+        # A stretch.
+        self._deadlines = deadlines
+        self._wheel = wheel
+        self._unexpired = None
+        self._timed_view = keyed
+        self._ordered = _NO_ORDER
+        self._keyed = keyed
+        self._view = None
+        return True
+
+    def _part_view(
+        self,
+        values: dict[str, bytes],
+        revisions: dict[str, int],
+        created: dict[str, int],
+        deadlines: dict[str, int],
+        wheel: Wheel | None,
+    ) -> Keyed:
+        """Return the view for turns while these tables are what is in memory."""
+        assert wheel is not None  # of a scope of which a part is in memory
+        return Keyed(self, self._around, self._stored, values, revisions, created, self._answers.kept, deadlines, wheel)
+
     def _allow_reading(self) -> None:
         if self._keyed is None:
             super()._allow_reading()
@@ -300,6 +486,8 @@ class KeyedScope(LocalScope):
     # --------------------------------------------------------------------------------------------- saving and leaving
 
     def _housekeep(self, message: Housekeeping[Any]) -> Any:
+        if isinstance(message, Shed):
+            return self._shed(message.bytes)
         if not isinstance(message, LoadWhole):
             return super()._housekeep(message)
         if self._keyed is not None and not self._closed:
@@ -330,3 +518,4 @@ class KeyedScope(LocalScope):
         super()._forget()
         self._unsaved = _NOTHING
         self._count_anew()
+        self._recent, self._kept, self._hand = {}, {}, -1

@@ -168,6 +168,10 @@ class StoredKeys(ABC):
         """Return the state of a scope without its keys, if it has more than `most`; None: `Store.load` is quicker."""
 
     @abstractmethod
+    def is_ready(self) -> bool:
+        """Make sure that keys can be read; False if that is not possible now. It may take seconds, once for a store."""
+
+    @abstractmethod
     def rows(self, scope: str, keys: Sequence[str]) -> dict[str, Row]:
         """Return what is saved under these keys, which are distinct; those that do not exist are left out."""
 

@@ -230,6 +230,11 @@ class SnapshotActor(TurnActor):
         if self._soon and not self._soon_asked:
             self._ask_for_save()
 
+    def end_interval(self) -> None:
+        """Save all dirty scopes now: their keys are to leave memory. From any thread."""
+        if self.failing is None and not self._stopped and Tick() not in self._mailbox:
+            self.tell(Tick())
+
     def save_acks_soon(self, delay_s: float) -> None:
         """Save what consumers have done, with the next save or this many seconds later. From any thread."""
         if delay_s <= 0:

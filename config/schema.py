@@ -81,6 +81,9 @@ class LimitsConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """How long `close()` waits for events already fired."""
     passivate_after_ms: Milliseconds = 300_000
     """A saved scope that is not used for this long leaves memory; 0 means never."""
+    max_resident_bytes: Bytes = 0
+    """Bytes of memory for the keys and values of saved scopes, about. Saved keys leave memory when there are more, and
+    come back when they are asked for; 0 means no limit."""
 
 
 class HistoryConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):

@@ -86,6 +86,7 @@ class Closing:
         self.begun = True
         parts.end()
         parts.housekeeper.end()
+        parts.residence.end()
         parts.expiry.end()
         if not self._delivered:
             if sharing is not None:

@@ -112,6 +112,7 @@ def end_threads(engine: Engine, dispatcher: MortalDispatcher, *, torn: bool = Fa
     _let_go_of_files(parts, _next_save(parts, save) if torn else None)
     parts.end()
     parts.housekeeper.end()
+    parts.residence.end()
     parts.expiry.end()
     parts.snapshot.stop_interval()
     with suppress(pykka.Timeout, StorageError):

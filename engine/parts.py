@@ -23,6 +23,7 @@ from scopestate.actors.functions import Function, Functions
 from scopestate.actors.journal import History
 from scopestate.actors.loops import LoopThread
 from scopestate.actors.ports import Backend, ChangeSource, Store, WriteRule
+from scopestate.actors.residence import Residence
 from scopestate.actors.router import EventRouter
 from scopestate.actors.scope import ScopeActor, Surroundings
 from scopestate.actors.services import HandlerServices
@@ -122,6 +123,7 @@ class Parts:
             self.backend.close()  # otherwise the store would stay locked
             raise
         self.housekeeper = Housekeeper(self.dispatcher, self.directory, self.limits)
+        self.residence = Residence(self.dispatcher, self.directory, self.limits, self.snapshot)
         self._exclusive = Guard()
         self._ends = False
         self.polls_behind: Callable[[], bool] = lambda: False
@@ -226,6 +228,7 @@ class Parts:
         self._apply_triggers(None)
         self._start()
         self.housekeeper.arm()
+        self.residence.arm()
 
     def _start(self) -> None:
         """Start what an attached backend needs."""
@@ -322,6 +325,8 @@ class Parts:
             self.consumers.limits_changed()
         if config.limits.passivate_after_ms != before.limits.passivate_after_ms:
             self.housekeeper.arm()
+        if config.limits.max_resident_bytes != before.limits.max_resident_bytes:
+            self.residence.arm()
         self.config = config
         if config.scopes != before.scopes:
             self.directory.each(self._give_rule)
@@ -467,3 +472,4 @@ def set_limits(limits: Limits, config: LimitsConfig, backend: Backend) -> None:
     limits.journal_when_full = config.journal_when_full
     limits.close_grace_s = config.close_grace_ms / 1000
     limits.passivate_after_s = config.passivate_after_ms / 1000
+    limits.max_resident_bytes = config.max_resident_bytes

@@ -11,6 +11,7 @@ from __future__ import annotations
 import heapq
 import logging
 import sqlite3
+import time
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from types import NoneType
@@ -58,6 +59,8 @@ _COUNTED: Final = {
     for count in _ASKED
 }
 _PAGE_KEYS: Final = 1000
+_RETRY_S: Final = 60.0
+"""After a failure to make the indices: it may have taken seconds."""
 _WHOLE_ROW: Final = 0x7FFFFFFF
 """SQLite's length limit while rows are read one by one."""
 
@@ -87,6 +90,8 @@ class SavedKeys(StoredKeys):
         self._read = read
         self._make = make
         self._ready = False
+        self._again_s = 0.0
+        """When to try again to make the indices, by the monotonic clock."""
 
     def begin(self, scope: str, most: int) -> ScopeState | None:
         """Return the state of a scope without its keys; None: load the scope whole. Raises StorageError.
@@ -96,7 +101,7 @@ class SavedKeys(StoredKeys):
         doing = f"load scope {scope!r}"
         if not self._read(doing, lambda connection: self._is_large(connection, scope, most)):
             return None
-        if not self._ready and not self._make_ready():
+        if not self.is_ready():
             return None
         return self._read(doing, lambda connection: _without_keys(connection, scope))
 
@@ -109,15 +114,18 @@ class SavedKeys(StoredKeys):
             self._ready = made == len(_MADE)
         return True
 
-    def _make_ready(self) -> bool:
-        """Create the indices. Returns False if that is not possible: scopes are then loaded whole."""
+    def is_ready(self) -> bool:
+        """Make the indices, if there are none. False if that is not possible: scopes are loaded whole then."""
+        if self._ready or time.monotonic() < self._again_s:
+            return self._ready
         try:
             log.info("making indices for scopes with many keys, once for this store")
             self._make("make the indices for its keys", make_indices)
         except StoreCorrupt:
             raise
         except StorageError as error:
-            log.warning("scopes with many keys are loaded whole, which takes long: %s", error)
+            log.warning("scopes with many keys are loaded whole, and none of their keys leave memory: %s", error)
+            self._again_s = time.monotonic() + _RETRY_S
             return False
         self._ready = True
         return True

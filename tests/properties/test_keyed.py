@@ -17,7 +17,7 @@ from scopestate import Engine, StateEvent
 from scopestate.actors import keyed
 from scopestate.actors.clock import Clock
 from scopestate.actors.expiry import ExpiryActor
-from scopestate.actors.keyed import KeyedScope
+from scopestate.actors.keyed import KeyedScope, Shed
 from scopestate.actors.local import LocalScope
 from scopestate.config import Config, LimitsConfig, ScopeRule
 from scopestate.errors import ScopestateError
@@ -64,7 +64,7 @@ STEPS = st.lists(
         st.builds(turns.Set, NAMES, st.sampled_from([b"1", b'{"n":1}'])),
         st.builds(turns.Delete, NAMES),
         st.builds(turns.Get, NAMES),
-        st.sampled_from(["flush", "reopen"]),
+        st.sampled_from(["flush", "reopen", "shed"]),
     ),
     max_size=12,
 )
@@ -78,11 +78,15 @@ def outcome(actor: KeyedScope, turn: turns.Turn[Any]) -> Any:
         return type(error), str(error)
 
 
-def history(steps: list[Any], durability: str, rule: dict[str, Any], most: int) -> tuple[list[Any], int]:
+def history(
+    steps: list[Any], durability: str, rule: dict[str, Any], most: int, resident: int = 0
+) -> tuple[list[Any], int]:
     """Return all that can be seen of the steps, and how many turns found a part of the scope in memory."""
     seen: list[Any] = []
     parts = 0
-    config = Config(scopes=[ScopeRule(name="s", durability=durability, **rule)], limits=LimitsConfig())  # type: ignore[arg-type]  # one of two
+    config = Config(
+        scopes=[ScopeRule(name="s", durability=durability, **rule)], limits=LimitsConfig(max_resident_bytes=resident)
+    )  # type: ignore[arg-type]  # one of two
     with (
         TemporaryDirectory() as place,
         mock.patch.object(keyed, "LOADED_WHOLE", most),
@@ -108,6 +112,9 @@ def history(steps: list[Any], durability: str, rule: dict[str, Any], most: int) 
                 assert isinstance(actor, KeyedScope)
                 if step == "flush":
                     engine.flush()
+                elif step == "shed":
+                    for _ in range(0 if most else 2):  # the first time, what was just used stays
+                        actor.housekeep(Shed(1 << 40))
                 elif step == "reopen":
                     engine.drain(20)
                     engine.close()
@@ -128,10 +135,19 @@ def history(steps: list[Any], durability: str, rule: dict[str, Any], most: int) 
 
 @pytest.mark.parametrize("durability", ["interval", "commit"])
 @settings(deadline=None, max_examples=size(20, 1000))  # two histories for each
-@given(steps=STEPS, rule=st.sampled_from([{}, {}, {"strict": True}]))
-@example(steps=[turns.Delete("k1"), "flush", turns.Get("k1"), ranges.Count(), turns.Set("k1", b"1")], rule={})
-def test_a_part_in_memory_answers_as_the_whole(durability: str, steps: list[Any], rule: dict[str, Any]) -> None:
-    parted, parts = history(steps, durability, rule, 0)
+@given(steps=STEPS, rule=st.sampled_from([{}, {}, {"strict": True}]), resident=st.sampled_from([0, 1 << 40]))
+@example(
+    steps=[turns.Delete("k1"), "flush", turns.Get("k1"), ranges.Count(), turns.Set("k1", b"1")], rule={}, resident=0
+)
+@example(
+    steps=[turns.List(), turns.Set("k1", b"7"), turns.Delete("k2"), "shed", turns.Get("b"), "flush", "shed", "shed"],
+    rule={},
+    resident=1 << 40,
+)
+def test_a_part_in_memory_answers_as_the_whole(
+    durability: str, steps: list[Any], rule: dict[str, Any], resident: int
+) -> None:
+    parted, parts = history(steps, durability, rule, 0, resident)
     whole, none = history(steps, durability, rule, 100)
 
     assert parted == whole
