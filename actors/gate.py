@@ -24,7 +24,7 @@ Held = tuple[Turn[Any], ReplyTo, Any, BaseException | None]
 """A turn that was run, its reply, and the answer or the refusal that waits."""
 
 
-class Batch(msgspec.Struct, frozen=True, eq=False):
+class Batch(msgspec.Struct, eq=False):
     """What one scope has in a commit: the changes, and what the commit lets out."""
 
     actor: LocalScope
@@ -146,13 +146,26 @@ class Gate:
                 return self._take_batch()
 
     def _take_batch(self) -> Batch:
-        scope = self._scope
-        held = self._router.feed.hold(list(self.incoming.values()))
-        batch = Batch(scope, scope.collect(), self.outbox, self._waiting, held)
-        self.outbox = scope._outbox = []
-        self.incoming = scope._incoming = {}
-        self._waiting = []
-        self._committing = batch.collected.keys if batch.collected is not None else {}
+        scope, feed = self._scope, self._router.feed
+        outbox: list[Any] = []
+        incoming: dict[int, StateEvent] = {}
+        waiting: list[Held] = []
+        nothing: dict[str, None] = {}
+        batch = Batch(scope, None, self.outbox, self._waiting)
+        before = scope.collected
+        collected = scope.collect()
+        try:
+            batch.held = feed.hold(list(self.incoming.values()))
+        except BaseException:
+            if collected is not None:
+                scope.take_back(collected, before)
+            raise
+        # Nothing below allocates memory: what was collected is in the batch.
+        batch.collected = collected
+        self._committing = nothing if collected is None else collected.keys
+        self.outbox = scope._outbox = outbox
+        self.incoming = scope._incoming = incoming
+        self._waiting = waiting
         return batch
 
     def _settle(self, batch: Batch) -> list[Outcome]:

@@ -536,7 +536,7 @@ class LocalScope(ScopeInMemory):
             state = self._read()
         except StorageError as error:
             raise turn.failed(error) from error
-        self._sequence = self._saved = self._collected = state.revision
+        self._sequence = self._saved = self.collected = state.revision
         if state.revision >= LAST_SEQUENCE:
             self._refuse_writes(
                 f"its last one has the number {self._sequence}, next to the highest that a store holds (was it "
@@ -623,8 +623,15 @@ class LocalScope(ScopeInMemory):
         self._dirty, self._removed, self._acks = now_dirty, now_removed, ()
         if answers:
             kept.unsaved = now_answers
-        self._collected, self._saving = self._sequence, True
+        self.collected, self._saving = self._sequence, True
         return collected
+
+    def take_back(self, collected: Collected, before: int) -> None:
+        """Undo `collect`; `before` is what `collected` was. Within the same turn. Allocates no memory."""
+        self._dirty, self._removed, self._acks = collected.keys, collected.removed, collected.acks
+        if collected.answers:
+            self._answers.unsaved = collected.answers
+        self.collected, self._saving = before, False
 
     def saved(self, sequence: int) -> None:
         """Note that everything up to write number `sequence` is on disk. Called by the actor that saves."""

@@ -112,7 +112,6 @@ class ScopeInMemory(ScopeActor):
     __slots__ = (
         "_answers",
         "_awaited",
-        "_collected",
         "_created",
         "_creations",
         "_deadlines",
@@ -129,6 +128,7 @@ class ScopeInMemory(ScopeActor):
         "_values",
         "_view",
         "_wheel",
+        "collected",
     )
 
     def __init__(self, scope: str, around: Surroundings, *, keeps: bool) -> None:
@@ -160,7 +160,7 @@ class ScopeInMemory(ScopeActor):
         """Keys to save; None: the scope is not kept. An extra key does no harm."""
         self._removed: dict[int, None] = {} if keeps else _NONE_GONE
         """`_created` of keys that may be in the store, and are deleted."""
-        self._collected = 0
+        self.collected = 0
         """The number of the last write that was collected: keys created after it are not in the store."""
         self._no_writes = ""
         """Why it takes no writes; "" if it does."""
@@ -352,7 +352,7 @@ class ScopeInMemory(ScopeActor):
         dirty, removed, outbox, gate = self._dirty, self._removed, self._outbox, self._gate
         assert values is not None  # within a turn
         gone = 0
-        if dirty is not None and old is not None and created[key] <= self._collected:
+        if dirty is not None and old is not None and created[key] <= self.collected:
             gone = created[key]
         timed = key in deadlines
         if gate is not None:
@@ -523,7 +523,7 @@ class ScopeInMemory(ScopeActor):
             changes.gone.append(key)
             if key in self._deadlines:
                 changes.untimed.append(key)
-            if self._dirty is not None and self._created[key] <= self._collected:
+            if self._dirty is not None and self._created[key] <= self.collected:
                 changes.removed[self._created[key]] = None
 
     def _apply(self, changes: _Changes, number: int) -> None:

@@ -85,7 +85,7 @@ class Parts:
         """Raises ConfigError for a function that cannot be registered, StorageError if the store cannot be opened."""
         check_functions(config)  # first: an opened store would stay locked
         self.config = self._started = config
-        self.limits = Limits()
+        limits = self.limits = Limits()
         self.dispatcher: Dispatcher = dispatcher or ThreadDispatcher()
         self.sharing = sharing_for(config, adapter)
         """Its part in sharing the directory; None: the directory is not shared."""
@@ -102,14 +102,7 @@ class Parts:
         self.directory = Directory(self._make_scope)
         self.expiry = ExpiryActor(self.dispatcher, self.clock, self.directory)
         self._around = Surroundings(
-            self.dispatcher,
-            self.limits,
-            self.router,
-            self.snapshot,
-            self.directory,
-            self.clock,
-            self._rule_of,
-            self.expiry,
+            self.dispatcher, limits, self.router, self.snapshot, self.directory, self.clock, self._rule_of, self.expiry
         )
         self.consumers: DurableTriggers | None = None
         """The consumers of durable triggers; None: the backend has no journal."""

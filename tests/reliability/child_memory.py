@@ -1,5 +1,7 @@
 """A program that is refused memory within commits. Usage: child_memory.py DIRECTORY DURABILITY COUNT.
 
+With durability `commit`, it is refused memory while a scope hands over what waits for a commit.
+
 It prints how often memory was refused. It is a process of its own with one thread, since memory is refused to every
 thread: the one in which a test process listens to its test runner would end, and the run would never end.
 """
@@ -20,6 +22,7 @@ from reliability.stretches import any_turn, check, scope_of, watched
 from scopestate import Engine
 from scopestate.actors.deterministic import DeterministicDispatcher
 from scopestate.actors.local import LocalScope
+from scopestate.actors.reply import Envelope, Reply, deliver
 from scopestate.config import from_mapping
 from scopestate.ops import turns
 
@@ -79,11 +82,42 @@ def refusals(engine: Engine) -> int:
     return refused
 
 
+def refusals_of_batches(engine: Engine) -> int:
+    """Take 50 batches, each once for every allocation that it makes, as `refusals` does."""
+    watched(engine)
+    actor = scope_of(engine)
+    gate = actor._gate
+    assert gate is not None
+    engine._snapshot.commit_soon = lambda: None  # type: ignore[method-assign]  # the batches are taken here
+    refused = 0
+    for number in range(1, 51):
+        key = f"k{number % 7}"
+        actor.send(Envelope(turns.Set(key, b"%d" % number), Reply()))
+        for begin in itertools.count():
+            try:
+                with without_memory(begin):
+                    batch = gate._take_batch()
+            except MemoryError:
+                refused += 1
+                assert actor.is_dirty((key,)), f"allocation {begin}"
+                assert [len(waiting) for waiting in (gate.outbox, gate.incoming, gate._waiting)] == [1, 1, 1]
+                continue
+            break
+        assert batch.collected is not None
+        assert [(name, row.json) for name, row in batch.collected.change().entries.items() if row is not None] == [
+            (key, b"%d" % number)
+        ]
+        assert [event.new_value for event in batch.log] == [number]
+        engine._parts.backend.store.save([batch.collected.change()])
+        deliver(batch.settle())
+    return refused
+
+
 if __name__ == "__main__":
     opened = Engine(
         from_mapping(settings(DURABILITY, DIRECTORY)), dispatcher=DeterministicDispatcher(1, switch=0, busy=0)
     )
     try:
-        print(refusals(opened))  # noqa: T201 - the answer to the test
+        print(refusals_of_batches(opened) if DURABILITY == "commit" else refusals(opened))  # noqa: T201 - the answer to the test
     finally:
         opened.close()

@@ -5,10 +5,13 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from reliability.living import PATIENCE_S, Seen
+from reliability.living import PATIENCE_S, Seen, until
 
 from scopestate import Engine
+from scopestate.actors.keyed import KeyedScope
 from scopestate.actors.local import LocalScope
+from scopestate.actors.ports import ScopeState
+from scopestate.actors.turn import BUSY
 from scopestate.ops import transactions as tx
 from scopestate.ops import turns
 from scopestate.ops.ranges import DeleteRange
@@ -100,18 +103,28 @@ def replayed(events: list[Any]) -> dict[str, Any]:
     return state
 
 
+def content(actor: LocalScope) -> ScopeState:
+    """Return what is in the scope, including keys that have left memory."""
+    if not isinstance(actor, KeyedScope) or actor._keyed is None:
+        return ScopeState(actor._values or {}, actor._revisions, actor._created, actor._deadlines, actor._sequence)
+    found: list[ScopeState] = []
+    until(lambda: actor._if_idle(lambda _: found.append(actor._whole()), None) is not BUSY, "the scope stays busy")
+    return found[-1]
+
+
 def check(actor: LocalScope, events: list[Any], where: str) -> None:
     """Memory, its side tables, the numbers and the events agree."""
-    values = actor._values
-    assert values is not None
+    assert actor._values is not None
+    state = content(actor)
+    values = state.values
     assert [event.revision for event in events] == list(range(1, actor._sequence + 1)), where
     assert replayed(events) == {key: decode(data) for key, data in values.items()}, where
-    assert actor._revisions == {key: revision for key, revision in last_of(events).items() if key in values}, where
-    assert actor._deadlines.keys() <= values.keys(), where
+    assert state.revisions == {key: revision for key, revision in last_of(events).items() if key in values}, where
+    assert state.deadlines.keys() <= values.keys(), where
     assert actor._creations == sum(event.old_json is None and event.new_json is not None for event in events), where
     if actor._dirty is not None:
-        assert actor._created.keys() == values.keys(), where
-        assert all(actor._created[key] <= revision for key, revision in actor._revisions.items()), where
+        assert state.created.keys() == values.keys(), where
+        assert all(state.created[key] <= revision for key, revision in state.revisions.items()), where
 
 
 def last_of(events: list[Any]) -> dict[str, int]:

@@ -22,6 +22,7 @@ from reliability.conftest import OpenEngine
 from reliability.figures import record
 from reliability.interrupting import Interruption, interrupt_at
 from reliability.living import PATIENCE_S, InThread, Seen, saved, until
+from reliability.stretches import content
 
 from scopestate import Engine, messages
 from scopestate.actors import stretch as stretches
@@ -65,7 +66,7 @@ def scope_of(engine: Engine, scope: str = "s") -> LocalScope:
 
 
 def state_of(actor: LocalScope) -> dict[str, Any]:
-    return {key: decode(data) for key, data in (actor._values or {}).items()}
+    return {key: decode(data) for key, data in content(actor).values.items()}
 
 
 def replay(events: list[Any], state: dict[str, Any]) -> dict[str, Any]:
@@ -123,7 +124,7 @@ def test_a_write_interrupted_at_any_opcode_has_wholly_happened_or_not_at_all(
         check_agreement(engine, seen)
     engine.drain(PATIENCE_S)
     engine.flush()
-    expected = actor._sequence, dict(actor._values or {})
+    expected = actor._sequence, dict(content(actor).values)
     InThread(engine.close).result()
     if durability != "memory":
         assert saved(tmp_path / "store", "s") == expected
@@ -513,7 +514,7 @@ def test_signals_at_random_moments_leave_state_sequence_and_events_in_agreement(
         InThread(engine.flush).result()
     actor = scope_of(engine)
     assert actor._sequence > 50
-    expected = actor._sequence, dict(actor._values or {})
+    expected = actor._sequence, dict(content(actor).values)
     InThread(engine.close).result()
     if durability != "memory":
         assert saved(tmp_path / "store", "s") == expected
@@ -566,7 +567,7 @@ def test_exceptions_put_into_other_threads_leave_everything_in_agreement(
     check_agreement(engine, seen)
     InThread(lambda: engine.drain(PATIENCE_S)).result()
     actor = scope_of(engine)
-    expected = actor._sequence, dict(actor._values or {})
+    expected = actor._sequence, dict(content(actor).values)
     InThread(engine.close).result()
     if durability != "memory":
         assert saved(tmp_path / "store", "s") == expected

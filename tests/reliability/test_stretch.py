@@ -16,7 +16,7 @@ from reliability.conftest import OpenEngine
 from reliability.figures import record
 from reliability.interrupting import Interruption, interrupt_at
 from reliability.living import PATIENCE_S, InThread, saved, start_child, until
-from reliability.stretches import KEYS, LATER, any_turn, check, scope_of, watched
+from reliability.stretches import KEYS, LATER, any_turn, check, content, scope_of, watched
 
 from scopestate.ops import transactions as tx
 from scopestate.ops import turns
@@ -58,7 +58,7 @@ def test_a_turn_of_several_changes_interrupted_at_any_opcode_is_whole_or_has_not
                 break
     engine.drain(PATIENCE_S)
     engine.flush()
-    expected = actor._sequence, dict(actor._values or {})
+    expected = actor._sequence, dict(content(actor).values)
     InThread(engine.close).result()
     if durability != "memory":
         assert saved(tmp_path / "store", "s") == expected
@@ -120,6 +120,18 @@ def test_a_commit_without_memory_has_happened_whole_or_not_at_all(tmp_path: Path
     refused = int(output)
     assert refused > 1000
     record(f"memory refused within commits: {'kept' if kept else 'not kept'}, {count}", refusals=refused)
+
+
+def test_what_waits_for_a_commit_is_not_lost_without_memory(tmp_path: Path) -> None:
+    process = start_child("memory", tmp_path / "store", "commit", 1)
+    try:
+        output, errors = process.communicate(timeout=100)
+    finally:
+        process.kill()
+    assert process.returncode == 0, errors.decode()
+    refused = int(output)
+    assert refused > 1000
+    record("memory refused while a commit is taken", refusals=refused)
 
 
 # -------------------------------------------------------------------------------------------------- threads that read
