@@ -9,6 +9,8 @@ from collections import OrderedDict, deque
 from collections.abc import Coroutine, Hashable
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from msgspec import Struct
+
 from scopestate.signals import Guard, exclusive
 
 if TYPE_CHECKING:
@@ -26,51 +28,46 @@ _DROPPED: Final = object()
 Outcome = Literal["", "delivered", "skipped", "failed", "dropped"]
 
 
-class Run:
+class Run(Struct, eq=False):
     """One event on its way through the function of its trigger: all attempts, with the pauses between them.
 
-    Its fields belong to the thread that runs its next step, and between steps to the holder of the actor's claim.
+    Its fields belong to the thread that runs its next step, and between steps to the holder of the actor's claim. A
+    Struct, because there is one for each event and `__init__` in Python would take three times as long.
     """
 
-    __slots__ = (
-        "asking", "attempt", "deadline", "delivery", "entered", "error", "event", "extra", "function_id", "item",
-        "lane", "news", "outcome", "overdue", "passing", "paused", "pending", "stage", "value",
-    )  # fmt: skip
-
-    event: Item
-    lane: Hashable
-
-    def __init__(self) -> None:
-        self.asking = False
-        """True while the condition runs."""
-        self.attempt = 1
-        """Number of the attempt that runs, or that comes next."""
-        self.deadline: float | None = None
-        """When the plain function that runs exceeds its time limit; None: none runs, or it has no limit."""
-        self.overdue = False
-        """True once that was reported."""
-        self.function_id = ""
-        """The function that runs under a time limit."""
-        self.delivery: Coroutine[Pending, Any, None] | None = None
-        """The rest of the attempt, and of those that follow; None before the first call."""
-        self.value: Any = None
-        self.error: BaseException | None = None
-        """The error that `delivery` continues with."""
-        self.pending: Pending | None = None
-        """The pause that it asks for."""
-        self.passing: BaseException | None = None
-        """An exception that must reach the caller of the turn."""
-        self.news: Literal["", "over", "pause", "resumed", "answered"] = ""
-        """The news for the holder of the claim."""
-        self.outcome: Outcome = ""
-        self.entered = False
-        """True while it is in `Lanes`."""
-        self.stage: Stage | None = None
-        """Where it counts for barriers; None: nowhere."""
-        self.paused = False
-        self.item: Any = None
-        """Where the event came from; for a subclass of the actor, as `extra`."""
-        self.extra: Any = None
+    event: Any = None
+    """What is delivered; set before anything else is done."""
+    lane: Hashable = None
+    asking: bool = False
+    """True while the condition runs."""
+    attempt: int = 1
+    """Number of the attempt that runs, or that comes next."""
+    deadline: float | None = None
+    """When the plain function that runs exceeds its time limit; None: none runs, or it has no limit."""
+    overdue: bool = False
+    """True once that was reported."""
+    function_id: str = ""
+    """The function that runs under a time limit."""
+    delivery: Coroutine[Pending, Any, None] | None = None
+    """The rest of the attempt, and of those that follow; None before the first call."""
+    value: Any = None
+    error: BaseException | None = None
+    """The error that `delivery` continues with."""
+    pending: Pending | None = None
+    """The pause that it asks for."""
+    passing: BaseException | None = None
+    """An exception that must reach the caller of the turn."""
+    news: Literal["", "over", "pause", "resumed", "answered"] = ""
+    """The news for the holder of the claim."""
+    outcome: Outcome = ""
+    entered: bool = False
+    """True while it is in `Lanes`."""
+    stage: Stage | None = None
+    """Where it counts for barriers; None: nowhere."""
+    paused: bool = False
+    item: Any = None
+    """Where the event came from; for a subclass of the actor, as `extra`."""
+    extra: Any = None
 
 
 class Barrier:

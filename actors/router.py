@@ -347,6 +347,11 @@ class EventRouter(TurnActor):
         """Announce that this thread runs the next turn itself, in `run_held`: no worker thread is woken for it."""
         self._scheduled = True
 
+    def fans_out(self) -> bool:
+        """Return whether the next turn has more than one delivery to make."""
+        first_two = self._mailbox[:2]  # one step: another thread may be taking events out
+        return len(first_two) > 1 or any(type(item) is tuple and len(item[0]) > 1 for item in first_two)
+
     def run_held(self) -> None:
         """Run the turn for which this thread has called `hold`, if since then there is something to do."""
         # In this order: the second line sees an event that is published between the two. A change that only a watch

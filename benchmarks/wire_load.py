@@ -230,26 +230,34 @@ async def measure(asked: dict[str, Any]) -> dict[str, Any]:
     echo = await connect(asked["echo"])
     if asked["measure"] in ("deliveries", "fan_outs"):
         handler = await connect(asked["engine"])
-        await watch(handler, FAN_OUT if asked["measure"] == "fan_outs" else 1)
+        triggers = FAN_OUT if asked["measure"] == "fan_outs" else 1
+        await watch(handler, triggers)
+        relay, relayed = await connect(asked["relay"]), await connect(asked["relay"])
+        await watch(relayed, triggers)
+        found |= {"relay": []} if triggers == 1 else {"relay": [], "relay_last": [], "engine_last": []}
     fifty = asked["measure"].startswith("fifty")
     many = [await connect(asked["echo" if asked["measure"] == "fifty_echo" else "engine"]) for _ in range(50 * fifty)]
     for repeat in range(repeats + 1):
+        once: tuple[float, ...]  # in the order of `found`
         match asked["measure"]:
             case "round_trips":
-                pair = await round_trips(echo, calls), await round_trips(ours, calls)
+                once = await round_trips(echo, calls), await round_trips(ours, calls)
             case "pipelined":
-                pair = await pipelined([echo], calls), await pipelined([ours], calls)
+                once = await pipelined([echo], calls), await pipelined([ours], calls)
             case "fifty":  # one connection beside fifty, both ours
-                pair = await pipelined([ours], calls, gathered=True), await pipelined(many, calls, gathered=True)
+                once = await pipelined([ours], calls, gathered=True), await pipelined(many, calls, gathered=True)
             case "fifty_echo":  # the same of the echo server
-                pair = await pipelined([echo], calls, gathered=True), await pipelined(many, calls, gathered=True)
+                once = await pipelined([echo], calls, gathered=True), await pipelined(many, calls, gathered=True)
             case "fan_outs":
-                pair = await fan_outs(ours, handler, FAN_OUT, calls)
+                first, last = await fan_outs(ours, handler, FAN_OUT, calls)
+                floor = await fan_outs(relay, relayed, FAN_OUT, calls)
+                once = await round_trips(echo, calls), first, *floor, last
             case _:
-                pair = await round_trips(echo, calls), await deliveries(ours, handler, calls)
+                once = await round_trips(echo, calls), await deliveries(ours, handler, calls)
+                once += (await deliveries(relay, relayed, calls),)
         if repeat:  # the first one warms up
-            found["echo"].append(pair[0])
-            found["engine"].append(pair[1])
+            for times, value in zip(found.values(), once, strict=True):
+                times.append(value)
     return found
 
 

@@ -271,6 +271,8 @@ _MOST_HEADS: Final = 1_000
 _answer_heads: Final[dict[str, bytes]] = {}
 _call_heads: Final[dict[str, bytes]] = {}
 _DEPTH: Final = KEY.encode()
+_ENDS: Final = (b"}", *(b',"baggage":"%b=%d"}' % (_DEPTH, depth) for depth in range(1, 9)))
+"""The ends of calls with small depths."""
 _CALLER: Final = b"_caller_worker_id"
 
 
@@ -285,9 +287,10 @@ def answer_text(function_id: str, invocation_id: str, result: bytes | None) -> b
 def call_text(function_id: str, invocation_id: str, data: Raw | bytes, depth: int) -> bytes:
     """Return an `InvokeFunction` as text, with the event depth in its baggage unless that is 0, and with its trace."""
     head = _call_heads.get(function_id) or _head(_call_heads, "invokefunction", function_id)
-    end = b"}"
-    if depth or type(depth) is not int:
-        end = b"}" if not depth else b',"baggage":"%b=%d"}' % (_DEPTH, depth)
+    if type(depth) is int and depth < len(_ENDS):
+        end = _ENDS[depth]
+    else:
+        end = b',"baggage":"%b=%d"}' % (_DEPTH, depth) if depth else b"}"
         context = context_of(depth)
         if context is not None:
             end = _trace_text(context) + end

@@ -48,10 +48,12 @@ GATHERED: Final = 256 * 1024
 class Batches:
     """Gathers outgoing messages while many are handled in a row, so that each connection is written to once."""
 
-    __slots__ = ("_dirty", "log", "open")
+    __slots__ = ("_dirty", "begun", "log", "open")
 
     def __init__(self) -> None:
         self.open = False
+        self.begun: dict[Connection, None] | None = None
+        """During a fan-out, the connections that have been written to; None at other times."""
         self.log = BoundedLog(log)
         """For log lines that clients cause. One log for all connections of a server, because its limits are for all."""
         self._dirty: list[Connection] = []
@@ -60,9 +62,19 @@ class Batches:
         """Note that this connection has gathered something."""
         self._dirty.append(connection)
 
+    def begin_fan_out(self) -> bool:
+        """Gather the messages that follow, except the first one of each connection, which is written at once.
+
+        Returns False, with nothing done, if messages are gathered already. Otherwise the caller calls `finish`.
+        """
+        if self.open:
+            return False
+        self.open, self.begun = True, {}
+        return True
+
     def finish(self) -> None:
         """Write what was gathered."""
-        self.open = False
+        self.open, self.begun = False, None
         dirty, self._dirty = self._dirty, []
         for connection in dirty:
             connection.flush()
@@ -152,9 +164,15 @@ class Connection(picows.WSListener):
         if self._full and self._socket.get_write_buffer_size() > self._max_unsent_bytes:
             self.close(POLICY, f"it reads too slowly: more than {self._max_unsent_bytes} bytes wait for it")
             return
-        if self._batches.open:
+        batches = self._batches
+        if batches.open:
             if not self._gathered:
-                self._batches.add(self)
+                begun = batches.begun
+                if begun is not None and self not in begun:
+                    begun[self] = None
+                    self._transport.send(TEXT, message)  # type: ignore[union-attr]  # set until it closes
+                    return
+                batches.add(self)
             self._gathered.append(message)
             self._gathered_bytes += len(message)
             if self._gathered_bytes > GATHERED:

@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from scopestate.observing import Observer, Serving
     from scopestate.server.access import Access
     from scopestate.server.channels import Channels
+    from scopestate.server.connections import Batches
 
 log = logging.getLogger("scopestate.server")
 
@@ -90,9 +91,12 @@ class Hub:
         max_waiting_events: int,
         max_waiting_bytes: int = 256 * 1024 * 1024,
         *,
+        batches: Batches,
         public: bool = True,
     ) -> None:
-        """`public`: the program can also call the server's functions, `engine::*`. An engine can have one such server.
+        """`batches` gathers the messages to all connections.
+
+        `public`: the program can also call the server's functions, `engine::*`. An engine can have one such server.
 
         Raises InvalidRegistration if the engine already has a public server.
         """
@@ -114,7 +118,7 @@ class Hub:
         """Calls, registrations, deliveries and connections that were refused because a right was missing."""
         self.offered: Claims[WorkerFunction] = Claims("function")
         self.deliveries = Deliveries(self)
-        self._state = {**StateFunctions(engine, self.deliveries.acknowledging).by_id, **self.deliveries.by_id}
+        self._state = {**StateFunctions(engine, self.deliveries.acknowledging, batches).by_id, **self.deliveries.by_id}
         self._functions_seen = b""
         self._deep = False
         """True while `event_depth` is set for the call in progress."""

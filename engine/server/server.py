@@ -285,6 +285,7 @@ class Server:
             timeout_s,
             config.max_waiting_events,
             config.max_waiting_bytes,
+            batches=self._batches,
             public=self._public,
         )
         listeners: list[socket.socket] = []

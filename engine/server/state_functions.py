@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from scopestate.actors.backlog import Limits
     from scopestate.engine import Engine
     from scopestate.server.access import Access
+    from scopestate.server.connections import Batches
     from scopestate.server.worker import Worker
 
 Result = bytes | None
@@ -162,9 +163,12 @@ class StateFunctions:
     Each raises what `Engine.call` raises, and Forbidden if the worker lacks a right.
     """
 
-    def __init__(self, engine: Engine, acknowledging: Callable[[Request, Any, Worker], Request]) -> None:
+    def __init__(
+        self, engine: Engine, acknowledging: Callable[[Request, Any, Worker], Request], batches: Batches
+    ) -> None:
         """`acknowledging` turns a transaction whose input names a delivery into one that acknowledges it."""
         self._engine = engine
+        self._batches = batches
         self._acknowledging = acknowledging
         self._scopes = engine._scopes
         self._limits = engine._limits
@@ -337,7 +341,14 @@ class StateFunctions:
                 pass
             finally:
                 if quick:
-                    router.run_held()
+                    if router.fans_out() and self._batches.begin_fan_out():
+                        # One write for each connection takes much less time than one for each message.
+                        try:
+                            router.run_held()
+                        finally:
+                            self._batches.finish()
+                    else:
+                        router.run_held()
         if answer is not BUSY:
             return convert(answer)
         return self._run_behind(scope, turn, convert)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, get_args
 
 import msgspec
 import picows
@@ -13,12 +13,13 @@ from msgspec import Raw
 
 from scopestate.errors import RemoteFailure
 from scopestate.ops.deliveries import Delivery, Discard, RetryLater
-from scopestate.ops.results import StateEvent
+from scopestate.ops.results import EventType, StateEvent
 from scopestate.ops.trace_context import TracedDepth, context_of
 from scopestate.ops.values import decode, encode, parse
 from scopestate.server.connections import TEXT, TURN, Batches, Connection
 from scopestate.snapshots import Caller
 from scopestate.wire.frames import ABSENT, ErrorBody
+from scopestate.wire.frames import encode as encode_frame
 from scopestate.wire.session import value_of
 
 if TYPE_CHECKING:
@@ -358,16 +359,27 @@ def batch_json(events: list[StateEvent]) -> bytes:
     return b"[%b]" % b",".join(map(event_json, events))
 
 
+_EVENT_HEADS: Final[dict[str, bytes]] = {
+    kind: b'{"type":"state","event_type":"%b","scope":' % kind.encode() for kind in get_args(get_args(EventType)[0])
+}
+
+
 def event_json(event: StateEvent) -> bytes:
     """Return the event as handlers receive it (docs/reference/protocol.md 5); its values are inserted unparsed."""
-    more = (
-        b"" if event.expired_at is None else b',"expired_at":%d,"late_ms":%d' % (event.expired_at, event.late_ms or 0)
+    end = (
+        b"}" if event.expired_at is None else b',"expired_at":%d,"late_ms":%d}' % (event.expired_at, event.late_ms or 0)
     )
-    return b'{"type":"state","event_type":"%b","scope":%b,"key":%b,"old_value":%b,"new_value":%b%b}' % (
-        event.event_type.encode(),
-        encode(event.scope),
-        encode(event.key),
-        b"null" if event.old_json is None else event.old_json,
-        b"null" if event.new_json is None else event.new_json,
-        more,
+    # Joined, not formatted: that takes half as long.
+    return b"".join(
+        (
+            _EVENT_HEADS[event.event_type],
+            encode_frame(event.scope),
+            b',"key":',
+            encode_frame(event.key),
+            b',"old_value":',
+            event.old_json or b"null",
+            b',"new_value":',
+            event.new_json or b"null",
+            end,
+        )
     )

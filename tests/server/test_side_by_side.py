@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from raw import PATIENCE_S
+from raw import PATIENCE_S, masked
 from serving import OpenRaw
 
 from scopestate import Engine, ReplyTimeout
@@ -130,3 +130,50 @@ def test_a_replaced_trigger_has_the_new_order_when_nothing_is_under_way(connect:
         for _ in range(2 - together):
             worker.answer(worker.take("on"))
         engine.drain(timeout=PATIENCE_S)
+
+
+def test_a_set_that_many_triggers_watch_is_told_to_each_worker_and_answered(connect: OpenRaw) -> None:
+    writer, other = connect(), connect()
+    for worker, name in ((writer, "mine"), (other, "theirs")):
+        worker.register(name)
+        for number in range(3):
+            worker.trigger(name, {"scope": "s"}, id=f"{name}{number}")
+
+    for value in (1, 2):
+        asked = writer.invoke("state::set", {"scope": "s", "key": "k", "value": value})
+        answered = False
+        for worker in (writer, other):
+            calls = []
+            while len(calls) < 3:
+                message = worker.receive()
+                if message.get("invocation_id") == asked:
+                    answered = True
+                else:
+                    calls.append(message)
+            assert [call["data"]["new_value"] for call in calls] == [value] * 3
+            for call in calls:
+                worker.answer(call)
+        if not answered:
+            assert writer.receive()["invocation_id"] == asked
+
+
+def test_sets_in_one_write_that_many_triggers_watch_are_told_in_order(connect: OpenRaw) -> None:
+    writer, worker = connect(), connect()
+    worker.register("on")
+    for number in range(2):
+        worker.trigger("on", {"scope": "s", "concurrency": 8, "order": "none"}, id=f"t{number}")
+    sets = [
+        {
+            "type": "invokefunction",
+            "function_id": "state::set",
+            "data": {"scope": "s", "key": "k", "value": value},
+        }
+        for value in range(3)
+    ]
+
+    writer.socket.socket.sendall(b"".join(map(masked, sets)))
+
+    calls = [worker.take("on") for _ in range(6)]
+    assert [call["data"]["new_value"] for call in calls] == [0, 0, 1, 1, 2, 2]
+    for call in calls:
+        worker.answer(call)

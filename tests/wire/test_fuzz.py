@@ -142,7 +142,7 @@ def hub() -> Iterator[tuple[Hub, asyncio.AbstractEventLoop]]:
         batches = Batches()
         # A time limit that never ends a call: what was executed and never answered has to be bounded all the same.
         limits = SessionLimits(registrations=200, calls=200, faults=10**9)
-        return Hub(engine, Channels(batches, 1_000_000, 1_000_000), limits, 3600.0, 1_000)
+        return Hub(engine, Channels(batches, 1_000_000, 1_000_000), limits, 3600.0, 1_000, batches=batches)
 
     with Engine.from_config({"limits": {"handler_mailbox": 20, "handler_when_full": "drop_oldest"}}) as engine:
         made = loop.run_until_complete(make())
