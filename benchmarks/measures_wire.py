@@ -7,6 +7,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -196,6 +197,69 @@ def wire_fan_out(sizes: Sizes) -> list[Row]:
     ]
 
 
+_SERVE = ["-m", "scopestate", "serve", "--port", "0", "--json"]
+_LIBRARIES = [
+    "-c",
+    "import asyncio, logging, ssl, msgspec, picows, pykka, uvloop; print(flush=True); import sys; sys.stdin.read()",
+]
+
+
+def _started(arguments: list[str], environment: dict[str, str]) -> tuple[float, int]:
+    """Start an interpreter; return the seconds until its first line of output, and its resident memory then."""
+    began = time.perf_counter()
+    with subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        taken = time.perf_counter() - began
+        memory = psutil.Process(process.pid).memory_info().rss
+        process.terminate()
+    return taken, memory
+
+
+def serve_start(sizes: Sizes) -> list[Row]:
+    """`scopestate serve` until it listens, beside an interpreter that imports its libraries: that is the floor.
+
+    The best of several alternating runs, because noise only ever adds. With bytecode, as an installed package has it.
+    """
+    with tempfile.TemporaryDirectory() as bytecode:
+        environment = {**os.environ, "PYTHONPYCACHEPREFIX": bytecode}
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)
+        ours, floor = list[tuple[float, int]](), list[tuple[float, int]]()
+        for repeat in range(sizes.repeats + 1):
+            both = _started(_SERVE, environment), _started(_LIBRARIES, environment)
+            if repeat:  # the first one writes the bytecode
+                ours.append(both[0])
+                floor.append(both[1])
+    (seconds, memory), (least_s, least) = map(min, zip(*ours, strict=True)), map(min, zip(*floor, strict=True))
+    return [
+        Row(
+            "serve_start",
+            "serve until it listens / importing its libraries",
+            seconds / least_s,
+            "x",
+            2.0,
+            figures={"ours_ms": seconds * 1e3, "floor_ms": least_s * 1e3},
+            own="ours_ms",
+        ),
+        Row(
+            "serve_memory",
+            "memory of serve when it listens / its libraries",
+            memory / least,
+            "x",
+            1.5,
+            figures={"ours_mb": memory / 1e6, "floor_mb": least / 1e6},
+            own="ours_mb",
+        ),
+    ]
+
+
 def wire_idle(sizes: Sizes) -> list[Row]:
     """What idle workers cost the server in memory."""
     workers = min(1_000, sizes.calls)
@@ -255,6 +319,7 @@ MEASURES: dict[str, Measure] = {
     "wire_pipelined": wire_pipelined,
     "wire_delivery": wire_delivery,
     "wire_fan_out": wire_fan_out,
+    "serve_start": serve_start,
     "wire_idle": wire_idle,
     "wire_embedding": wire_embedding,
     "websocket_libraries": websocket_libraries,

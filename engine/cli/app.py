@@ -10,16 +10,9 @@ import typer
 from typer.core import TyperGroup
 
 import scopestate
+from scopestate.cli.arguments import usage_error
 from scopestate.cli.commands import OUTLINES, Outline
-from scopestate.cli.terminal import (
-    EXIT_CODES,
-    Exit,
-    errors_to_exit_codes,
-    out,
-    prepare_output,
-    standard_output,
-    usage_error,
-)
+from scopestate.cli.terminal import EXIT_CODES, Exit, errors_to_exit_codes, out, prepare_output, standard_output
 
 
 class Commands(TyperGroup):

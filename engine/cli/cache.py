@@ -9,9 +9,10 @@ from typing import Annotated, Final
 import msgspec
 import typer
 
+from scopestate.cli.arguments import AsJson
 from scopestate.cli.rules import names_config
 from scopestate.cli.store import directory_of
-from scopestate.cli.terminal import AsJson, Exit, errors_to_exit_codes, json_of, out, shown, standard_error
+from scopestate.cli.terminal import Exit, errors_to_exit_codes, json_of, out, shown, standard_error
 from scopestate.config import Config, load
 from scopestate.engine import Engine
 from scopestate.errors import StorageError

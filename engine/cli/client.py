@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple, TypeVar
 
 import typer
 
-from scopestate.cli.terminal import AsJson, Exit, errors_to_exit_codes, print_json
+from scopestate.cli.arguments import AsJson
+from scopestate.cli.terminal import Exit, errors_to_exit_codes, print_json
 from scopestate.errors import NotConnected, ScopestateError
 from scopestate.wire.address import DEFAULT_URL, Address
 from scopestate.wire.options import ClientOptions

@@ -14,8 +14,9 @@ import typer
 import yaml
 from rich.markup import escape
 
+from scopestate.cli.arguments import AsJson
 from scopestate.cli.current_folder import import_from_here
-from scopestate.cli.terminal import AsJson, Exit, errors_to_exit_codes, json_of, out, shown, standard_error
+from scopestate.cli.terminal import Exit, errors_to_exit_codes, json_of, out, shown, standard_error
 from scopestate.config import AdapterConfig, Config, KvOptions, ServerConfig, examine, load
 from scopestate.config.loader import Examined
 from scopestate.config.schema import FunctionRef, SchemaRef, TypeRef

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import msgspec
 import typer
 
+from scopestate.cli.arguments import AsJson, given_text
 from scopestate.cli.client import CaFile, Token
 from scopestate.cli.current_folder import import_from_here
-from scopestate.cli.terminal import AsJson, errors_to_exit_codes, given_text, json_of, out, shown, standard_error
+from scopestate.cli.terminal import errors_to_exit_codes, json_of, out, shown, standard_error
 from scopestate.config import load
 from scopestate.engine import Engine
 from scopestate.errors import ConfigError, ScopestateError, StorageError

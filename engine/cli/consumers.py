@@ -9,10 +9,11 @@ import msgspec
 import typer
 from rich.table import Table
 
+from scopestate.cli.arguments import given_text
 from scopestate.cli.client import EngineAt, connected
 from scopestate.cli.offline import Store, at
 from scopestate.cli.people import ExactTimes, duration, many, moment, number
-from scopestate.cli.terminal import Exit, given_text, json_of, out, print_error, print_rich, shown, standard_error
+from scopestate.cli.terminal import Exit, json_of, out, print_error, print_rich, shown, standard_error
 
 consumers = typer.Typer(
     no_args_is_help=True, help="Consumers of durable triggers: list, pause, resume and forget them."

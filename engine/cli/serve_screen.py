@@ -16,7 +16,7 @@ from rich.text import Text
 
 from scopestate.cli.people import many
 from scopestate.cli.progress import REFRESHES_PER_S, keys
-from scopestate.cli.serve import Lines, SafeFormatter
+from scopestate.cli.serving import Lines, SafeFormatter
 from scopestate.cli.terminal import shown, standard_error
 from scopestate.engine import Engine
 from scopestate.server.server import Server

@@ -9,17 +9,9 @@ import msgspec
 import typer
 from msgspec import UNSET, UnsetType
 
+from scopestate.cli.arguments import given_text, read_json
 from scopestate.cli.client import EngineAt, connected
-from scopestate.cli.terminal import (
-    Exit,
-    given_text,
-    json_text,
-    out,
-    print_error,
-    read_json,
-    shown,
-    standard_error,
-)
+from scopestate.cli.terminal import Exit, json_text, out, print_error, shown, standard_error
 from scopestate.errors import DeserializationError
 
 if TYPE_CHECKING:

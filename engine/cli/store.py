@@ -13,13 +13,13 @@ import typer
 from rich.filesize import decimal
 from rich.table import Table
 
+from scopestate.cli.arguments import AsJson
 from scopestate.cli.client import CaFile, Token, with_client
 from scopestate.cli.files import output, source_of
 from scopestate.cli.people import ExactTimes, many, moment, number
 from scopestate.cli.progress import Advance, ended_by_signals, percent, progress, run_beside, said_if_interrupted, size
 from scopestate.cli.rules import ConfigFile, Found, Migration, Rules, names_config, rules_for
 from scopestate.cli.terminal import (
-    AsJson,
     Exit,
     errors_to_exit_codes,
     json_of,

@@ -10,11 +10,12 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
+from scopestate.cli.arguments import AsJson
 from scopestate.cli.client import CaFile, Token, Url, run_until_signal
 from scopestate.cli.people import number
 from scopestate.cli.rules import names_config
 from scopestate.cli.store import ENGINE_ADDRESS, REDIS_ADDRESS, directory_of
-from scopestate.cli.terminal import AsJson, Exit, errors_to_exit_codes, json_of, out, shown
+from scopestate.cli.terminal import Exit, errors_to_exit_codes, json_of, out, shown
 from scopestate.cli.top_figures import Rates, Reading, summary
 from scopestate.cli.top_sources import EngineSource, RedisSource, Source, StoreSource
 from scopestate.config import AdapterConfig, BridgeOptions, Config, RedisOptions, load, validate

@@ -16,17 +16,9 @@ import msgspec
 import typer
 from rich.text import Text
 
+from scopestate.cli.arguments import AsJson, given_text
 from scopestate.cli.client import CaFile, Token, Url, with_client
-from scopestate.cli.terminal import (
-    AsJson,
-    ReaderGone,
-    given_text,
-    json_text,
-    out,
-    print_rich,
-    shown,
-    standard_error,
-)
+from scopestate.cli.terminal import ReaderGone, json_text, out, print_rich, shown, standard_error
 from scopestate.errors import (
     Compacted,
     ConnectionLost,

@@ -101,6 +101,8 @@ JUDGED = {
     "wire_delivery_floor": {"at_most": 3.5},
     "wire_fan_out_first": {"at_most": 6},
     "wire_fan_out": {"at_most": 3},
+    "serve_start": {"at_most": 2},
+    "serve_memory": {"at_most": 1.5},
     "wire_idle": {"at_most": 50_000_000},
     "wire_embedding": {"at_most": 1.0},
     "redis_set": {"at_most": 1.4},
