@@ -100,8 +100,10 @@ def encode(value: Any) -> bytes:
             return _to_json(value)
         elif (kind is int and INT_MIN <= value <= INT_MAX) or (kind is float and value - value == 0.0):
             return _to_json(value)
-    except (UnicodeEncodeError, RuntimeError):
-        pass  # too deep, or changed by another thread: `normalise` finds the place
+    except InvalidValue:
+        raise
+    except Exception:  # noqa: BLE001, S110 - too deep, changed by another thread, or raised by code of a class of the caller
+        pass  # `normalise` runs no such code, and finds the place
     return _to_json(normalise(value))
 
 

@@ -49,6 +49,30 @@ class Lying(int):
     __index__ = __int__
 
 
+class Raising(int):
+    def __eq__(self, other: object) -> bool:
+        raise LookupError("the own comparison of an item")
+
+    __hash__ = int.__hash__
+
+
+class Unhashed(type):
+    """The class of classes that no set can hold."""
+
+    def __eq__(cls, other: object) -> bool:
+        return cls is other
+
+    __hash__ = None  # type: ignore[assignment]  # what Python does for a class with `__eq__` only
+
+
+class Named(str, metaclass=Unhashed):
+    __slots__ = ()
+
+
+class Thing(metaclass=Unhashed):
+    pass
+
+
 class Pair(NamedTuple):
     x: int
     y: int
@@ -119,6 +143,13 @@ def test_a_key_of_one_object_among_many_is_checked_as_exactly_as_alone(usual: ob
             assert_as_part_by_part(rows)
     assert_as_part_by_part({**dict.fromkeys(map(str, range(LONG)), 1), key: 1})
     assert_as_part_by_part([{**dict(enumerate_as_keys([{}] * LONG)), key: {}}])
+
+
+@pytest.mark.parametrize("item", [Raising(3), Named("x"), Thing()], ids=["comparison", "a string", "refused"])
+@pytest.mark.parametrize("usual", [1, "text", {"id": 1}], ids=["numbers", "texts", "objects"])
+def test_code_of_the_class_of_an_item_changes_no_answer(usual: object, item: object) -> None:
+    for value in ([usual] * LONG + [item], [[usual, item] for _ in range(LONG)], {"items": [item] + [usual] * LONG}):
+        assert_as_part_by_part(value)
 
 
 def test_an_object_that_once_had_another_key_is_accepted() -> None:
