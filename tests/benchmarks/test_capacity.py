@@ -80,7 +80,7 @@ def test_a_run_is_not_resumed_with_other_sizes(tmp_path: Path) -> None:
     file = tmp_path / "capacity.json"
     file.write_text(json.dumps({"quick": True, "findings": {}}), encoding="utf-8")
 
-    done = _run("--resume", "--json", str(file))
+    done = _run("--resume", "--only", "keys", "--json", str(file))
 
     assert done.returncode == 2
     assert f"{file} is from a run with --quick" in done.stderr
