@@ -185,7 +185,12 @@ class KeyedScope(LocalScope):
             raise turn.failed(error) from error
         self._count(brought)
         way = WAYS.get(type(turn))
-        answer: A = self._decide(turn) if way is None else way(self, turn)
+        try:
+            answer: A = self._decide(turn) if way is None else way(self, turn)
+        except StorageError as error:
+            if error.code != StorageError.code:
+                raise
+            raise turn.failed(error) from error  # it was reading the store
         return answer
 
     def _note_used(self, keys: Iterable[str]) -> None:

@@ -399,16 +399,18 @@ class Engine(Reactive, StateCalls):
         self._tally["state::list_groups"].add()
         parts = self._parts
         self._refuse_if_closed()
-        # Memory first, then the backend: a scope that leaves memory in between has been saved by then.
-        in_memory = {actor.scope: actor.holds_keys() for actor in list(parts.directory.values())}
-        groups = {scope for scope, holds in in_memory.items() if holds}
-        known = [scope for scope, holds in in_memory.items() if holds is not None]
         try:
+            # Memory first, then the backend: a scope that leaves memory in between has been saved by then.
+            in_memory = {actor.scope: actor.holds_keys() for actor in list(parts.directory.values())}
+            groups = {scope for scope, holds in in_memory.items() if holds}
+            known = [scope for scope, holds in in_memory.items() if holds is not None]
             groups.update(set(parts.scopes()).difference(known))
         except StorageError as error:
             reason = error.__cause__
             cause = reason if isinstance(reason, NotConnected | ConnectionLost) else error
-            raise StorageError(f"Failed to list groups: {error}", code="LIST_GROUPS_ERROR") from cause
+            # A scope of which a part is in memory reports that one of its own calls has failed.
+            problem = reason if isinstance(reason, StorageError) and error.code != StorageError.code else error
+            raise StorageError(f"Failed to list groups: {problem}", code="LIST_GROUPS_ERROR") from cause
         return sorted(groups)
 
     def watch(

@@ -253,6 +253,41 @@ def test_a_row_that_is_not_json_fails_its_own_key_only(open_engine: Open, tmp_pa
         engine.list("s")
 
 
+READS: list[tuple[str, str, Callable[[Engine], object]]] = [
+    ("LIST_ERROR", "Failed to list values", lambda engine: engine.scope("s").keys(limit=2)),
+    ("LIST_ERROR", "Failed to list values", lambda engine: engine.scope("s").items(limit=2)),
+    ("LIST_ERROR", "Failed to list values", lambda engine: engine.scope("s").count()),
+    ("LIST_ERROR", "Failed to list values", lambda engine: next(iter(engine.scope("s").pages(limit=2)))),
+    ("DELETE_ERROR", "Failed to delete values", lambda engine: engine.scope("s").delete_range(prefix="k")),
+    (
+        "DELETE_ERROR",
+        "Failed to delete values",
+        lambda engine: engine.scope("s").delete_range(prefix="k", durable=True),
+    ),
+    ("UPDATE_ERROR", "Failed to commit transaction", lambda engine: engine.scope("s").transact(lambda tx: tx["k6"])),
+    ("LIST_GROUPS_ERROR", "Failed to list groups", lambda engine: engine.list_groups()),
+]
+
+
+@pytest.mark.parametrize(("code", "words", "read"), READS)
+def test_what_cannot_be_read_within_a_turn_is_the_failure_of_its_call(
+    open_engine: Open, tmp_path: Path, code: str, words: str, read: Callable[[Engine], object]
+) -> None:
+    engine = open_engine()
+    engine.set("s", "k0", 1)
+    with closing(database.connect(database.database_uri(str(tmp_path / "store" / "state.db"), "rw"))) as connection:
+        connection.execute("DROP INDEX state_keys")
+
+    with pytest.raises(StorageError, match=f"^{words}: cannot [a-z]+ .*: no such index: state_keys$") as caught:
+        read(engine)
+
+    assert caught.value.code == code
+    assert engine.get("s", "k0") == 1
+    with closing(database.connect(database.database_uri(str(tmp_path / "store" / "state.db"), "rw"))) as connection:
+        by_key.make_indices(connection)
+    assert engine.scope("s").keys(limit=1) == ["k0"]
+
+
 def test_keys_that_fill_a_page_of_the_store_are_listed(open_engine: Open) -> None:
     long = [f"{place:05}" + "x" * 20_000 for place in range(600)]  # 12 MB
     with open_engine() as engine:
