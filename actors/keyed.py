@@ -8,14 +8,14 @@ from itertools import islice
 from typing import Any, Final, TypeVar
 
 from scopestate.actors.containment import Log
-from scopestate.actors.index import OrderedKeys
-from scopestate.actors.keyed_view import Keyed, keys_read
+from scopestate.actors.index import OrderedKeys, TooLong
+from scopestate.actors.keyed_view import Changes, Keyed, KeyedApart, is_long, is_of_everything, keys_read
 from scopestate.actors.local import WAYS, LocalScope
 from scopestate.actors.ports import ScopeState, StoredKeys
 from scopestate.actors.reply import Envelope
 from scopestate.actors.scope import Housekeeping, ScopeActor, Surroundings
-from scopestate.actors.stretch import NO_DEADLINES, Collected, remover
-from scopestate.actors.view import InMemory, Unexpired, WithDeadlines
+from scopestate.actors.stretch import NO_DEADLINES, Collected, part, remover
+from scopestate.actors.view import Apart, InMemory, Unexpired, WithDeadlines
 from scopestate.actors.wheel import Wheel
 from scopestate.errors import StorageError
 from scopestate.ops.ranges import Keys
@@ -31,6 +31,8 @@ LOADED_WHOLE: Final = 4_000
 FIRST_LOOK: Final = 1_000
 """After this many turns, and each time their number has doubled, the engine looks whether loading the whole scope takes
 less time than the turns have taken. Afterwards turns are as quick as those of a small scope."""
+LISTS: Final = 3
+"""The whole scope is loaded when all of it has been listed this often."""
 _KEYS_OF_A_TURN: Final = 5
 """Loading this many keys takes about as long as one turn."""
 _TURNS_OF_A_KEY: Final = 10
@@ -87,6 +89,7 @@ class KeyedScope(LocalScope):
         "_is_large",
         "_kept",
         "_keyed",
+        "_lists",
         "_look_at",
         "_mean",
         "_recent",
@@ -110,6 +113,7 @@ class KeyedScope(LocalScope):
         """True if the state that was read last is one without keys."""
         self._turns = 0
         self._look_at = FIRST_LOOK
+        self._lists = 0
         self._asked_whole = False
         self._recent: dict[str, None] = {}
         """Keys that were used since the search for keys that may leave memory has begun at the first key."""
@@ -176,11 +180,11 @@ class KeyedScope(LocalScope):
                 if self._around.limits.max_resident_bytes:
                     self._note_used(keys)
                 brought = self.bring(keys)
-            elif (brought := keys_read(turn)) or self._around.limits.max_resident_bytes:
-                keyed.begin(turn)
+            elif is_long(turn) and not self._closed:
+                raise TooLong  # it reads outside of turns
             else:
-                self._load_whole()
-                return self.on_receive(turn) if not self._closed else self._serve_handler(turn)
+                brought = keys_read(turn)
+                keyed.begin(turn)
         except StorageError as error:
             raise turn.failed(error) from error
         self._count(brought)
@@ -192,6 +196,33 @@ class KeyedScope(LocalScope):
                 raise
             raise turn.failed(error) from error  # it was reading the store
         return answer
+
+    def _apart(self, turn: Turn[Any]) -> Any:
+        keyed, values, wheel = self._keyed, self._values, self._wheel
+        if keyed is None or values is None or wheel is None or self._closed or self._passivated:
+            return super()._apart(turn)
+        try:
+            stored, end = self._stored.at_one_moment(self.scope)
+        except StorageError as error:
+            raise turn.failed(error) from error
+        changed = self.changed()
+        tables = [part(table, changed) for table in (self._revisions, self._created, self._deadlines)]
+        revisions, created, deadlines = tables
+        around, changes = self._around, Changes(self.scope, changed)
+        copies = part(values, changed)
+        view = KeyedApart(changes, around, stored, copies, revisions, created, self._answers.kept, deadlines, wheel)
+        view.begin(turn)
+        view.revision, view.now = self._sequence, around.clock.now_ms()
+        if is_of_everything(turn):
+            self._count_list()
+        return Apart(turn, view, self.rule, end)
+
+    def _count_list(self) -> None:
+        """Count a list of the whole scope, and ask for the whole scope if it is not the first one."""
+        self._lists += 1
+        if self._lists == LISTS and not self._asked_whole and not self._around.limits.max_resident_bytes:
+            self._asked_whole = True
+            self._enqueue(Envelope(LoadWhole(), self._dispatcher.reply()))
 
     def _note_used(self, keys: Iterable[str]) -> None:
         """Note that keys were used again, if they are in memory: they leave it later than others."""
@@ -214,7 +245,7 @@ class KeyedScope(LocalScope):
                 self._enqueue(Envelope(LoadWhole(), self._dispatcher.reply()))
 
     def _count_anew(self) -> None:
-        self._turns, self._look_at, self._asked_whole = 0, FIRST_LOOK, False
+        self._turns, self._look_at, self._lists, self._asked_whole = 0, FIRST_LOOK, 0, False
 
     def _is_worth_loading(self) -> bool:
         try:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import msgspec
 
@@ -13,12 +13,10 @@ from scopestate.actors.ports import Answer, Row, StoredKeys
 from scopestate.actors.view import WithDeadlines
 from scopestate.actors.wheel import Wheel
 from scopestate.ops.ranges import Count, DeleteRange, Entries, Keys, Pairs, ReadPage, State, Values
-from scopestate.ops.transactions import Transact
-from scopestate.ops.turns import Entry, Range, Turn
-from scopestate.ops.writes import Durable, Expire, Once
+from scopestate.ops.turns import Entry, Items, List, Range, Turn
+from scopestate.ops.writes import Durable, Once
 
 if TYPE_CHECKING:
-    from scopestate.actors.keyed import KeyedScope
     from scopestate.actors.scope import Surroundings
 
 _NO_KEYS: Final = OrderedKeys({}, lambda: 0)
@@ -34,28 +32,51 @@ _LOOK_AT_EACH: Final = (Pairs, Values, Entries, State, ReadPage, DeleteRange)
 """Turns that read what is stored under each key that they list."""
 
 
+class Part(Protocol):
+    """The part of a scope that is in memory, as its view uses it."""
+
+    scope: str
+
+    def bring(self, keys: Iterable[str]) -> int:
+        """Read keys that are not in memory. Returns how many those were."""
+
+    def changed(self) -> dict[str, None]:
+        """Return the keys that may differ from the store, deleted ones too."""
+
+
+def is_long(turn: Turn[Any]) -> bool:
+    """True if a turn that only reads may read any number of entries."""
+    if isinstance(turn, (List, Items)):
+        return True
+    if isinstance(turn, (Keys, Pairs, Values, Entries, State, ReadPage)):
+        limit = turn.within.limit
+        return limit > _FEW if limit is not None else not isinstance(turn, ReadPage)
+    return False
+
+
+def is_of_everything(turn: Turn[Any]) -> bool:
+    """True if a long turn reads the whole scope."""
+    if isinstance(turn, (List, Items)):
+        return True
+    within: Range = turn.within  # type: ignore[attr-defined]  # of all other long ones
+    return within.low() == ("", True) and within.high() is None and within.limit is None
+
+
 def keys_read(turn: Turn[Any]) -> int:
-    """Return the cost of a turn without given keys, as a number of keys to read; 0: it needs the whole scope."""
+    """Return the cost of a turn without given keys, as a number of keys to read."""
     while isinstance(turn, (Once, Durable)):
         turn = turn.turn
-    if isinstance(turn, Count):
-        return _LIKE_A_COUNT
-    if isinstance(turn, (Transact, Expire, DeleteRange, ReadPage)):
-        return _LIKE_A_PAGE
-    if isinstance(turn, (Keys, Pairs, Values, Entries, State)):
-        limit = turn.within.limit
-        return _LIKE_A_PAGE if limit is not None and limit <= _FEW else 0
-    return 0
+    return _LIKE_A_COUNT if isinstance(turn, Count) else _LIKE_A_PAGE
 
 
 class Keyed(WithDeadlines):
     """The view of such a scope. Reads keys that are not in memory, and merges the store with changes in memory."""
 
-    __slots__ = ("_created", "_listed", "_looks_at_each", "_rows", "_scope", "_stored", "_writes")
+    __slots__ = ("_by_page", "_created", "_listed", "_looks_at_each", "_rows", "_scope", "_stored", "_writes")
 
     def __init__(
         self,
-        scope: KeyedScope,
+        scope: Part,
         around: Surroundings,
         stored: StoredKeys,
         values: dict[str, bytes],
@@ -73,7 +94,7 @@ class Keyed(WithDeadlines):
         """Rows that a read-only turn has read for the keys that it listed. They do not stay in memory."""
         self._listed: list[str] = []
         """Keys that the turn has listed and not read yet, the last one first."""
-        self._looks_at_each = self._writes = False
+        self._looks_at_each = self._by_page = self._writes = False
         self.get = self._get
 
     def begin(self, turn: Turn[Any] | None) -> None:
@@ -84,7 +105,7 @@ class Keyed(WithDeadlines):
             self._writes = turn.writes
             while isinstance(turn, (Once, Durable)):
                 turn = turn.turn
-            self._looks_at_each = isinstance(turn, _LOOK_AT_EACH)
+            self._looks_at_each, self._by_page = isinstance(turn, _LOOK_AT_EACH), isinstance(turn, ReadPage)
 
     def _get(self, key: str) -> bytes | None:
         row = self._row(key)
@@ -127,12 +148,16 @@ class Keyed(WithDeadlines):
     def keys(self, within: Range) -> Sequence[str]:
         """Return the keys within a range, in its order, at most `limit`."""
         changed = {key: None for key in self._scope.changed() if within.holds(key)}
-        stored = self._stored.keys(self.scope, within, self.now_ms, changed)
+        found = self._merged(self._stored.keys(self.scope, within, self.now_ms, changed), changed, within)
+        self._listed = found[::-1] if self._looks_at_each else []
+        return found
+
+    def _merged(self, stored: list[str], changed: dict[str, None], within: Range) -> list[str]:
+        """Return the keys of a range: those that were found in the store, with the changed ones."""
         here = sorted(filter(self._is_here, changed), reverse=within.reverse)
         found = list(heapq.merge(stored, here, reverse=within.reverse)) if here else stored
         if within.limit is not None:
             del found[within.limit :]
-        self._listed = found[::-1] if self._looks_at_each else []
         return found
 
     def count(self, within: Range) -> int:
@@ -169,3 +194,34 @@ class Keyed(WithDeadlines):
     def values(self) -> list[bytes]:
         """Return the JSON of all keys that have not expired, in the order of creation."""
         return [data for _, data in self.items()]
+
+
+class KeyedApart(Keyed):
+    """The view of what the store holds at one moment, and of copies of what differed from it in memory."""
+
+    __slots__ = ()
+
+    def keys(self, within: Range) -> Sequence[str]:
+        if not self._looks_at_each or self._by_page:
+            return super().keys(within)
+        changed = {key: None for key in self._scope.changed() if within.holds(key)}
+        # Keys and rows together: reading them by key would take several times as long.
+        self._rows = rows = dict(self._stored.entries(self.scope, within, self.now_ms, changed))
+        return self._merged(list(rows), changed, within)
+
+
+class Changes:
+    """The keys that differed from the store at one moment."""
+
+    def __init__(self, scope: str, keys: dict[str, None]) -> None:
+        self.scope = scope
+        self._keys = keys
+
+    def bring(self, keys: Iterable[str]) -> int:
+        """Nothing is read into copies."""
+        del keys
+        return 0
+
+    def changed(self) -> dict[str, None]:
+        """Return a copy of the keys."""
+        return self._keys.copy()

@@ -172,6 +172,13 @@ class StoredKeys(ABC):
         """Make sure that keys can be read; False if that is not possible now. It may take seconds, once for a store."""
 
     @abstractmethod
+    def at_one_moment(self, scope: str) -> tuple[StoredKeys, Callable[[], None]]:
+        """Return an object of which all calls read the scope as it is now, and a function to be called when that ends.
+
+        The object may be used until then, by one thread at a time. The function may be called again.
+        """
+
+    @abstractmethod
     def rows(self, scope: str, keys: Sequence[str]) -> dict[str, Row]:
         """Return what is saved under these keys, which are distinct; those that do not exist are left out."""
 
@@ -181,6 +188,10 @@ class StoredKeys(ABC):
 
         Without those of `besides`, and without those that have expired at `now_ms`.
         """
+
+    @abstractmethod
+    def entries(self, scope: str, within: Range, now_ms: int, besides: Container[str]) -> list[tuple[str, Row]]:
+        """Return the keys that `keys` would return, each with its row."""
 
     @abstractmethod
     def count(self, scope: str, within: Range, now_ms: int, besides: Sequence[str]) -> int:

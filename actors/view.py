@@ -10,6 +10,7 @@ from scopestate.actors.containment import is_from_outside
 from scopestate.actors.index import READ_WITHIN_TURN, KeysApart, OrderedKeys
 from scopestate.actors.ports import ANSWERS_KEPT_MS, Answer, WriteRule
 from scopestate.actors.wheel import Wheel
+from scopestate.errors import StorageError
 from scopestate.ops.turns import Entry, Kept, Range, TtlRule, Turn
 
 if TYPE_CHECKING:
@@ -253,18 +254,31 @@ class WithDeadlines(InMemory):
 class Apart:
     """A turn that only reads, and copies of what it reads: it can be decided later, outside of the scope."""
 
-    __slots__ = ("_rule", "_turn", "_view")
+    __slots__ = ("_end", "_rule", "_turn", "_view")
 
-    def __init__(self, turn: Turn[Any], view: InMemory, rule: WriteRule) -> None:
+    def __init__(
+        self, turn: Turn[Any], view: InMemory, rule: WriteRule, end: Callable[[], object] = lambda: None
+    ) -> None:
+        """`end` is called when the copies are not needed any more."""
         self._turn = turn
         self._view = view
         self._rule = rule
+        self._end = end
 
     def answer(self) -> Any:
-        """Return the answer as of the moment at which the copies were made. Raises what the turn raises."""
+        """Return the answer as of the moment at which the copies were made. Once. Raises what the turn raises."""
         values = self._rule.values
-        _, answer = self._turn.decide(self._view) if values is None else values.decide(self._turn, self._view)
+        try:
+            _, answer = self._turn.decide(self._view) if values is None else values.decide(self._turn, self._view)
+        except StorageError as error:
+            raise self._turn.failed(error) from error
+        finally:
+            self._end()
         return answer
+
+    def drop(self) -> None:
+        """The answer is not needed any more."""
+        self._end()
 
 
 class AnswerApart:
@@ -299,6 +313,7 @@ class AnswerApart:
 
     def _make(self, apart: Apart) -> None:
         if self._reply.abandoned:
+            apart.drop()
             return
         try:
             answer = apart.answer()

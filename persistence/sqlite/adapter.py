@@ -32,7 +32,7 @@ from scopestate.persistence.sqlite.database import (
     storage_error,
 )
 from scopestate.persistence.sqlite.files import half_written, read_whole, write_whole
-from scopestate.persistence.sqlite.journal import SavedJournal
+from scopestate.persistence.sqlite.journal import Run, SavedJournal
 from scopestate.persistence.sqlite.lock import ALONE, StoreLock, Terms
 from scopestate.persistence.sqlite.opening import copy_database, open_directory, open_store, publish
 from scopestate.persistence.sqlite.rows import (
@@ -63,6 +63,24 @@ class _Loan:
 
     connection: sqlite3.Connection | None = None
     ended_well = False
+    stays = False
+    """True if the connection stays with the loan after the read."""
+
+
+class _Moment(_Loan):
+    """A connection for several reads, which all see the database as it was at one moment."""
+
+    stays = True
+    ended = False
+
+    def end(self) -> None:
+        """Close the connection. While no read is running."""
+        self.ended = True
+        connection, self.connection = self.connection, None
+        if connection is not None:
+            connection.close()
+
+    __del__ = end
 
 
 class FileAdapter(Store):
@@ -99,6 +117,7 @@ class FileAdapter(Store):
         self._exclusive = Guard()
         self._idle: list[sqlite3.Connection] = []
         self._lent: dict[_Loan, None] = {}
+        self._moments: weakref.WeakSet[_Moment] = weakref.WeakSet()
         self._writer: sqlite3.Connection | None
         self._lock, self._writer, self._identity, self._lost, session = open_store(
             self.directory, self.path, self._open, terms=terms, existing=existing
@@ -108,7 +127,7 @@ class FileAdapter(Store):
         self.journal: SavedJournal = SavedJournal(
             self._read, self._transact, lambda: self.clock_ms, self.directory, session
         )
-        self.stored = SavedKeys(self._read, self._make)
+        self.stored = SavedKeys(self._read, self._make, self._at_one_moment)
         room = row_room(self._writer)
         self.longest_name = min(LONGEST_NAME, room // 64)
         """Characters of a scope or key name at most; see `largest_value`."""
@@ -301,11 +320,16 @@ class FileAdapter(Store):
         self._released = True
 
     def _disconnect(self) -> None:
+        self._end_moments()
         connections = [*self._idle, *([self._writer] if self._writer else [])]
         self._idle, self._writer = [], None
         # Safe if another database has replaced ours: SQLite notices and leaves the log of that one alone.
         self._close_connections(connections)
         self.journal.close()
+
+    def _end_moments(self) -> None:
+        for moment in list(self._moments):
+            moment.end()
 
     def _when_nothing_is_lent(self, work: Callable[[], object]) -> None:
         """Call `work` while no load is running and none can begin."""
@@ -358,14 +382,31 @@ class FileAdapter(Store):
         connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, PAGE_LIMIT)
         return connection
 
-    def _read(self, doing: str, work: Callable[[sqlite3.Connection], _T]) -> _T:
+    def _at_one_moment(self, doing: str) -> tuple[Run, Callable[[], None]]:
+        """Return a function like `_read` that sees the database as it is now, and one that ends it.
+
+        Until then the write-ahead log grows with every save.
+        """
+        moment = _Moment()
+
+        def begin(connection: sqlite3.Connection) -> None:
+            connection.execute("BEGIN")
+            connection.execute("SELECT 1 FROM store").fetchall()  # the moment is that of the first read
+
+        def read(doing: str, work: Callable[[sqlite3.Connection], _T]) -> _T:
+            return self._read(doing, work, moment)
+
+        self._read(doing, begin, moment)
+        return read, moment.end
+
+    def _read(self, doing: str, work: Callable[[sqlite3.Connection], _T], loan: _Loan | None = None) -> _T:
         """Call `work` with a connection that sees committed data only. Raises `StorageError` for library errors."""
         self._check_usable(doing)
         if not self._in_place():
             if self._importing == get_ident():
                 self._check_place(doing)  # `_saving` is held by this thread: the import reads here
             self._saving.run(self._secure_place_for, doing)
-        loan = _Loan()
+        loan = loan or _Loan()
         try:
             try:
                 self._lend(loan, doing)
@@ -392,13 +433,20 @@ class FileAdapter(Store):
     @exclusive
     def _lend(self, loan: _Loan, doing: str) -> None:
         self._check_usable(doing)
+        if isinstance(loan, _Moment) and loan.ended:
+            raise StorageError(f"cannot {doing}: the database was opened again in the meantime; try again")
+        if isinstance(loan, _Moment):
+            self._moments.add(loan)
         self._lent[loan] = None
-        if self._idle:
+        if loan.connection is None and self._idle:
             loan.connection = self._idle.pop()
 
     @exclusive
     def _give_back(self, loan: _Loan) -> None:
         """End a loan. Idempotent."""
+        if loan.stays and loan.ended_well:
+            self._lent.pop(loan, None)
+            return
         connection, loan.connection = loan.connection, None
         if connection is not None:
             # A connection left in a transaction would return old data and keep the log from shrinking.
@@ -465,6 +513,7 @@ class FileAdapter(Store):
 
     def _replace_connections(self, writer: sqlite3.Connection, copy: str) -> None:
         # All of them: one that stayed open would still read the removed database.
+        self._end_moments()
         self._close_connections([*self._idle, writer])
         self._idle, self._writer = [], None
         self._identity = publish(copy, self.path)
@@ -499,7 +548,10 @@ class FileAdapter(Store):
 
     def leave_to_parent(self) -> None:
         """In a forked child: abandon what belongs to the parent, without changing it."""
-        abandon([*self._idle, *([self._writer] if self._writer else [])])
+        moments = [moment.connection for moment in self._moments if moment.connection is not None]
+        abandon([*self._idle, *moments, *([self._writer] if self._writer else [])])
+        for moment in list(self._moments):
+            moment.connection, moment.ended = None, True
         self._lock.abandon()
         self.journal.abandon()
 

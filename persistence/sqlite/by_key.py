@@ -14,8 +14,9 @@ import sqlite3
 import time
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
+from operator import itemgetter
 from types import NoneType
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -48,10 +49,12 @@ _EXTENTS: Final = (
 )
 _ASKED: Final = (256, 16, 1)
 """Keys for each statement, as in `statements.py`."""
+_COLUMNS: Final = (
+    f"SELECT id & {EXTENT_MASK}, CAST(key AS BLOB), revision, expires, CAST(value AS BLOB) FROM state"  # noqa: S608 - constants
+    " INDEXED BY state_keys"
+)
 _ROWS: Final = {
-    count: f"SELECT id & {EXTENT_MASK}, CAST(key AS BLOB), revision, expires, CAST(value AS BLOB) FROM state"  # noqa: S608 - constants
-    f" INDEXED BY state_keys WHERE id >> {EXTENT_BITS} = ? AND key IN ({','.join('?' * count)})"
-    for count in _ASKED
+    count: f"{_COLUMNS} WHERE id >> {EXTENT_BITS} = ? AND key IN ({','.join('?' * count)})" for count in _ASKED
 }
 _COUNTED: Final = {
     count: f"SELECT count(*) FROM state INDEXED BY state_keys WHERE id >> {EXTENT_BITS} = ?"  # noqa: S608 - constants
@@ -64,6 +67,7 @@ _RETRY_S: Final = 60.0
 _WHOLE_ROW: Final = 0x7FFFFFFF
 """SQLite's length limit while rows are read one by one."""
 
+_key_of: Final = itemgetter(0)
 _decode_names = msgspec.json.Decoder(list[str]).decode
 
 
@@ -85,10 +89,19 @@ def make_indices(connection: sqlite3.Connection) -> None:
 class SavedKeys(StoredKeys):
     """The keys of the scopes in a database. May be used from any thread."""
 
-    def __init__(self, read: Run, make: Callable[[str, Callable[[sqlite3.Connection], None]], None]) -> None:
-        """`read` calls a function with a connection that sees committed data only; `make` with one that may write."""
+    def __init__(
+        self,
+        read: Run,
+        make: Callable[[str, Callable[[sqlite3.Connection], None]], None],
+        at_one_moment: Callable[[str], tuple[Run, Callable[[], None]]],
+    ) -> None:
+        """`read` calls a function with a connection that sees committed data only; `make` with one that may write.
+
+        `at_one_moment` returns a function like `read` of which all calls see the same, and one that ends that.
+        """
         self._read = read
         self._make = make
+        self._at_one_moment = at_one_moment
         self._ready = False
         self._again_s = 0.0
         """When to try again to make the indices, by the monotonic clock."""
@@ -130,6 +143,11 @@ class SavedKeys(StoredKeys):
         self._ready = True
         return True
 
+    def at_one_moment(self, scope: str) -> tuple[StoredKeys, Callable[[], None]]:
+        """Return the keys of a store as they are now, for some calls, and a function that ends that."""
+        read, end = self._at_one_moment(f"read scope {scope!r}")
+        return SavedKeys(read, self._make, self._at_one_moment), end
+
     def rows(self, scope: str, keys: Sequence[str]) -> dict[str, Row]:
         """Return the rows of those of these keys that exist. Raises StorageError for a row that is not JSON."""
         return self._read(f"read keys of scope {scope!r}", lambda connection: _rows(connection, scope, keys))
@@ -152,6 +170,31 @@ class SavedKeys(StoredKeys):
             return found
 
         return self._read(f"read the keys of scope {scope!r}", read)
+
+    def entries(self, scope: str, within: Range, now_ms: int, besides: Container[str]) -> list[tuple[str, Row]]:
+        """Return the keys that `keys` would return, each with its row.
+
+        Raises StorageError for a row that is not JSON.
+        """
+
+        def read(connection: sqlite3.Connection) -> list[tuple[str, Row]]:
+            found: list[tuple[str, Row]] = []
+            limit = within.limit
+            if limit == 0:
+                return found
+            with _one_moment(connection), _whole_rows(connection):
+                parts = [
+                    _entries(connection, scope, high, extent, within, now_ms)
+                    for high, extent in _extents(connection, scope)
+                ]
+                for entry in heapq.merge(*parts, key=_key_of, reverse=within.reverse):
+                    if entry[0] not in besides:
+                        found.append(entry)
+                        if len(found) == limit:
+                            break
+            return found
+
+        return self._read(f"read the entries of scope {scope!r}", read)
 
     def count(self, scope: str, within: Range, now_ms: int, besides: Sequence[str]) -> int:
         """Return how many keys `keys` would return without a limit."""
@@ -188,6 +231,10 @@ def _without_keys(connection: sqlite3.Connection, scope: str) -> ScopeState:
 @contextmanager
 def _one_moment(connection: sqlite3.Connection) -> Iterator[None]:
     """Make several statements read the database as it is at one moment."""
+    begun = connection.in_transaction  # by `at_one_moment`
+    if begun:
+        yield
+        return
     connection.execute("BEGIN")
     try:
         yield
@@ -212,25 +259,49 @@ def _portions(keys: Sequence[str]) -> Iterator[Sequence[str]]:
 
 def _rows(connection: sqlite3.Connection, scope: str, keys: Sequence[str]) -> dict[str, Row]:
     found: dict[str, Row] = {}
-    # A value may be larger than a page.
-    before = connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _WHOLE_ROW)
-    try:
+    with _whole_rows(connection):
         extents = _extents(connection, scope)
         for some in _portions(keys):
             for high, extent in extents:
-                for low, key, revision, expires_ms, value in connection.execute(_ROWS[len(some)], (extent, *some)):
-                    name, data = decoded(scope, key, value)
+                for row in connection.execute(_ROWS[len(some)], (extent, *some)):
+                    name, entry = _entry(scope, high, row)
                     if name in found:
                         raise StorageError(
                             f"scope {scope!r} holds the key {name!r} twice; was the database edited? Delete one of its "
                             "rows with the sqlite3 tool (the view `entries` shows them)"
                         )
-                    if type(revision) is not int or type(expires_ms) not in (int, NoneType):
-                        raise no_number(scope, name)
-                    found[name] = Row(bytes(data), revision, high << EXTENT_BITS | low, expires_ms)
+                    found[name] = entry
+    return found
+
+
+@contextmanager
+def _whole_rows(connection: sqlite3.Connection) -> Iterator[None]:
+    """Read rows one by one: a value may be larger than a page."""
+    before = connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _WHOLE_ROW)
+    try:
+        yield
     finally:
         connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, before)
-    return found
+
+
+def _entry(scope: str, high: int, row: tuple[Any, ...]) -> tuple[str, Row]:
+    """Return the key of a row, and what it holds."""
+    low, key, revision, expires_ms, value = row
+    name, data = decoded(scope, key, value)
+    if type(revision) is not int or type(expires_ms) not in (int, NoneType):
+        raise no_number(scope, name)
+    return name, Row(bytes(data), revision, high << EXTENT_BITS | low, expires_ms)
+
+
+def _entries(
+    connection: sqlite3.Connection, scope: str, high: int, extent: int, within: Range, now_ms: int
+) -> Iterator[tuple[str, Row]]:
+    """Yield the keys of one extent within a range, each with its row."""
+    order = "DESC" if within.reverse else "ASC"
+    condition, parameters = _bounds(extent, within, now_ms)
+    text = f"{_COLUMNS} WHERE {condition} ORDER BY key {order}"
+    for row in connection.execute(text, parameters):
+        yield _entry(scope, high, row)
 
 
 def _bounds(extent: int, within: Range, now_ms: int) -> tuple[str, list[int | str]]:

@@ -11,12 +11,15 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from reliability.living import InThread, until
 
 from scopestate import Engine, StateEvent
 from scopestate.actors import keyed
 from scopestate.actors.keyed import KeyedScope
+from scopestate.actors.view import Apart
 from scopestate.config import Config, LimitsConfig, ScopeRule
 from scopestate.errors import StorageError
+from scopestate.ops.turns import List
 from scopestate.persistence import FileAdapter
 from scopestate.persistence.sqlite import by_key, database
 
@@ -100,10 +103,64 @@ def test_a_list_keeps_the_order_of_creation(open_engine: Open) -> None:
     engine.set("s", "a", "new")
     assert is_part(engine)
 
-    assert engine.list("s") == [0, "changed", 3, 4, 5, 6, 7, "again", "new"]
+    expected = [0, "changed", 3, 4, 5, 6, 7, "again", "new"]
+    assert engine.list("s") == expected
 
-    assert not is_part(engine)
+    assert is_part(engine)
+    assert "k7" not in in_memory(engine)
+    assert engine.list("s") == engine.list("s") == expected  # so often that it is loaded whole
+    until(lambda: not is_part(engine), "not loaded")
     assert engine.get("s", "k7") == 7
+    assert engine.list("s") == expected
+
+
+@pytest.mark.parametrize("method", ["entries", "each"])
+def test_a_list_is_of_one_moment_and_lets_other_calls_run(
+    open_engine: Open, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    engine = open_engine()
+    engine.set("s", "k1", "unsaved")
+    engine.delete("s", "k2")
+    begun, go_on = threading.Event(), threading.Event()
+    read = getattr(by_key.SavedKeys, method)
+
+    def held(*what: object) -> object:
+        begun.set()
+        assert go_on.wait(PATIENCE_S)
+        return read(*what)
+
+    monkeypatch.setattr(by_key.SavedKeys, method, held)
+    scope = engine.scope("s")
+    reader = InThread(scope.list if method == "each" else lambda: [value for _, value in scope.items(prefix="k")])
+    assert begun.wait(PATIENCE_S)
+    engine.set("s", "k0", "later")
+    engine.set("s", "k9", "later")
+    engine.delete("s", "k4")
+    engine.flush()
+    go_on.set()
+
+    assert reader.result() == [0, "unsaved", 3, 4, 5, 6, 7]
+    assert scope.items() == [
+        ("k0", "later"),
+        ("k1", "unsaved"),
+        ("k3", 3),
+        ("k5", 5),
+        ("k6", 6),
+        ("k7", 7),
+        ("k9", "later"),
+    ]
+
+
+def test_a_list_that_waits_while_the_engine_closes_ends_with_an_error(open_engine: Open) -> None:
+    engine = open_engine()
+    engine.get("s", "k0")
+    apart = scope_of(engine)._if_idle(scope_of(engine)._apart, List())
+    assert isinstance(apart, Apart)
+
+    engine.close()
+
+    with pytest.raises(StorageError, match="is closed"):
+        apart.answer()
 
 
 def test_a_scope_that_is_used_often_is_loaded_whole_by_a_worker_thread(
