@@ -51,10 +51,8 @@ class Residence(TurnActor):
 
     def arm(self) -> None:
         """Begin to look, or follow a new limit. From any thread."""
-        if self._timer is not None:
-            self._timer.cancel()
         if self._limits.max_resident_bytes and not self._ended:
-            self._timer = self._dispatcher.call_later(PAUSE_S, weakly(self._ring))
+            self.tell(Look())  # only turns set the timer, so there is one
 
     def end(self) -> None:
         """Look no more. From any thread, idempotent."""
@@ -68,6 +66,8 @@ class Residence(TurnActor):
     def on_receive(self, message: Any) -> Any:
         if not isinstance(message, Look):
             raise TypeError(f"this actor does not understand {message!r:.80}")
+        if self._timer is not None:
+            self._timer.cancel()
         began_s = self._dispatcher.monotonic()
         try:
             if not self._ended and self._limits.max_resident_bytes:

@@ -12,6 +12,7 @@ from reliability.living import InThread, until
 
 from scopestate import Engine
 from scopestate.actors import keyed, residence
+from scopestate.actors.deterministic import DeterministicDispatcher
 from scopestate.actors.keyed import KeyedScope, Shed
 from scopestate.config import Config, LimitsConfig, ScopeRule
 from scopestate.errors import StorageError
@@ -314,3 +315,23 @@ def test_nothing_is_lost_while_keys_come_and_go(open_engine: Open, durability: s
     assert scope_of(engine)._keyed is not None
     engine.close()
     assert dict(open_engine(durability=durability).scope("s").items()) == there
+
+
+def test_a_new_limit_while_scopes_are_measured_leaves_one_timer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dispatcher = DeterministicDispatcher(1, switch=0, busy=0)
+    config = Config(limits=LimitsConfig(max_resident_bytes=1 << 30))
+    with Engine(config, adapter=FileAdapter(tmp_path / "store"), dispatcher=dispatcher, handle_sigterm=False) as engine:
+        looks = list[float]()
+
+        def look(_: int) -> None:
+            looks.append(dispatcher.monotonic())
+            if len(looks) <= 3:
+                engine._parts.residence.arm()  # as a reload on another thread
+
+        monkeypatch.setattr(engine._parts.residence, "_look", look)
+        dispatcher.advance(20 * residence.PAUSE_S)
+
+    later = [at for at in looks if at > looks[3]]
+    assert 10 < len(later) <= 20
