@@ -109,6 +109,10 @@ class Gate:
         """
         return self.unsettled or bool(self._waiting)
 
+    def held_calls(self) -> int:
+        """Return how many callers wait for the next commit. From any thread."""
+        return len(self._waiting)
+
     def hold(self, turn: Turn[Any], reply: ReplyTo, answer: Any, error: BaseException | None = None) -> None:
         """Deliver the answer of a turn, or its refusal, now or after the commit that it depends on.
 

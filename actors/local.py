@@ -200,6 +200,10 @@ class LocalScope(ScopeInMemory):
             self._gate.refuse_in_turns()
         return super().run(turn)
 
+    def held_calls(self) -> int:
+        """Return how many callers wait for the next commit. From any thread."""
+        return 0 if self._gate is None else self._gate.held_calls()
+
     def _run_apart(self, turn: Turn[A]) -> A:
         """Run a turn that reads more keys than a turn may, or while other callers wait, without claiming the scope."""
         if self._mailbox:

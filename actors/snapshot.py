@@ -13,6 +13,7 @@ import msgspec
 from scopestate.actors.containment import Log, described, is_from_outside
 from scopestate.actors.dispatcher import weakly
 from scopestate.actors.gate import Batch, Outcome, TakeBatch
+from scopestate.actors.gathering import Gathering
 from scopestate.actors.ports import ScopeChange, Store
 from scopestate.actors.reply import ReplyTo, deliver
 from scopestate.actors.scope import Collect
@@ -137,6 +138,7 @@ class SnapshotActor(TurnActor):
         self._backlog: dict[str, tuple[LocalScope, ScopeChange]] = {}
         self._failures = 0
         self._commit_asked = False
+        self._gathering = Gathering(dispatcher.monotonic, time.sleep)
         self._stopped = False
         self.dirty: dict[str, LocalScope] = {}
         """Scope name -> actor, for scopes with changes for the next save. Written within turns of the scopes."""
@@ -285,7 +287,7 @@ class SnapshotActor(TurnActor):
     def on_receive(self, message: Any) -> Any:
         match message:
             case Commit():
-                self._commit()
+                self._commit(gathers=True)
             case Tick():
                 self._began_s = began = self._dispatcher.monotonic()
                 try:
@@ -462,13 +464,18 @@ class SnapshotActor(TurnActor):
             self.unsavable.pop((scope, key), None)
         actor.pinned = any(left == scope for left, _ in self.unsavable)
 
-    def _commit(self) -> None:
-        """Save the scopes that wait for their commit, and answer their callers."""
-        self._commit_asked = False
+    def _commit(self, *, gathers: bool = False) -> None:
+        """Save the scopes that wait for their commit, and answer their callers.
+
+        `gathers`: wait a moment for more calls, if more are expected.
+        """
         committing = self.committing
         batches: list[Batch] = []
         actor: LocalScope | None = None
         try:
+            if gathers and self._dispatcher.waiter is None:  # else a simulation: nothing else runs during a pause
+                self._gathering.wait(self._calls_waiting)
+            self._commit_asked = False
             for scope in list(committing):
                 actor = committing.pop(scope, None)
                 if actor is not None:
@@ -481,17 +488,24 @@ class SnapshotActor(TurnActor):
             certainly(lambda: self._break_off(actor, batches, name))
             raise
 
+    def _calls_waiting(self) -> int:
+        """Return how many calls wait for the next commit."""
+        return len(self._waiting) + sum(actor.held_calls() for actor in list(self.committing.values()))
+
     def _save_for_callers(self) -> None:
         """Save the scopes whose callers wait for that, and answer them."""
         waiting = self._waiting[:]
         if not waiting:
             return
+        began_s = self._dispatcher.monotonic()
         try:
             self._save({one.actor.scope: None for one in waiting})
         except StorageError as error:
             outcomes = [one.failed(error) for one in waiting]
         else:
             outcomes = [self._saved(one) for one in waiting]
+            took_s = self._dispatcher.monotonic() - began_s
+            self._gathering.note_answers(len(waiting), self._calls_waiting() - len(waiting), took_s)
         # Removed only now: if the save was interrupted, they wait for the next one.
         del self._waiting[: len(waiting)]
         deliver(outcomes)
@@ -523,6 +537,7 @@ class SnapshotActor(TurnActor):
             deliver([outcome for outcome in outcomes if not getattr(outcome[0], "done", False)])
 
     def _commit_batches(self, batches: list[Batch]) -> None:
+        began_s = self._dispatcher.monotonic()
         try:
             changes = [self._change_of(batch) for batch in batches if batch.collected is not None]
             if changes:
@@ -536,7 +551,12 @@ class SnapshotActor(TurnActor):
         except StorageError as error:
             deliver([outcome for batch in batches for outcome in batch.roll_back(error)])
         else:
-            deliver([outcome for batch in batches for outcome in self._settled(batch)])
+            outcomes = [outcome for batch in batches for outcome in self._settled(batch)]
+            if outcomes:
+                took_s = self._dispatcher.monotonic() - began_s
+                # Before they are answered: later, they could not be told from those that wait already.
+                self._gathering.note_answers(len(outcomes), self._calls_waiting() - len(self._waiting), took_s)
+            deliver(outcomes)
             self._tell_of(changes)
 
     def _change_of(self, batch: Batch) -> ScopeChange:
