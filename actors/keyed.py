@@ -201,15 +201,16 @@ class KeyedScope(LocalScope):
         keyed, values, wheel = self._keyed, self._values, self._wheel
         if keyed is None or values is None or wheel is None or self._closed or self._passivated:
             return super()._apart(turn)
-        try:
-            stored, end = self._stored.at_one_moment(self.scope)
-        except StorageError as error:
-            raise turn.failed(error) from error
+        # First: what is saved in between is among the copies, and in the store.
         changed = self.changed()
         tables = [part(table, changed) for table in (self._revisions, self._created, self._deadlines)]
         revisions, created, deadlines = tables
         around, changes = self._around, Changes(self.scope, changed)
         copies = part(values, changed)
+        try:
+            stored, end = self._stored.at_one_moment(self.scope)
+        except StorageError as error:
+            raise turn.failed(error) from error
         view = KeyedApart(changes, around, stored, copies, revisions, created, self._answers.kept, deadlines, wheel)
         view.begin(turn)
         view.revision, view.now = self._sequence, around.clock.now_ms()

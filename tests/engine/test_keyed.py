@@ -114,6 +114,32 @@ def test_a_list_keeps_the_order_of_creation(open_engine: Open) -> None:
     assert engine.list("s") == expected
 
 
+def test_a_list_includes_what_is_saved_while_it_begins(open_engine: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = open_engine()
+    engine.set("s", "k1", "changed")
+    engine.delete("s", "k2")
+    saving, go_on = threading.Event(), threading.Event()
+    save, at_one_moment = FileAdapter.save, by_key.SavedKeys.at_one_moment
+
+    def held(*what: object) -> None:
+        saving.set()
+        assert go_on.wait(PATIENCE_S)
+        save(*what)  # type: ignore[arg-type]  # as it was called
+
+    def saved_after(*what: object) -> object:
+        moment = at_one_moment(*what)  # type: ignore[arg-type]  # as it was called
+        go_on.set()
+        flush.result()
+        return moment
+
+    monkeypatch.setattr(FileAdapter, "save", held)
+    monkeypatch.setattr(by_key.SavedKeys, "at_one_moment", saved_after)
+    flush = InThread(engine.flush)
+    assert saving.wait(PATIENCE_S)
+
+    assert engine.list("s") == [0, "changed", 3, 4, 5, 6, 7]
+
+
 @pytest.mark.parametrize("method", ["entries", "each"])
 def test_a_list_is_of_one_moment_and_lets_other_calls_run(
     open_engine: Open, monkeypatch: pytest.MonkeyPatch, method: str
