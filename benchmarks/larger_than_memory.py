@@ -32,7 +32,7 @@ from scopestate.persistence import FileAdapter
 SCOPE: Final = "users"
 ROOT: Final = Path(__file__).parents[1]
 _GONE: Final = 2**32 - 1
-_AT_ONCE: Final = 50_000
+_AT_ONCE: Final = 50
 _PAGE: Final = 100
 _PAD: Final = "x" * 60
 
