@@ -107,7 +107,7 @@ class SlotTail(Tail):
 
     def fits(self, counted: int, before: list[Any], published: int, wanted: int) -> bool:
         """Return whether the stream is still the one that was read. `wanted`: the number of the requested check."""
-        if counted < self._number or published > counted:
+        if counted < self._number or published > counted or self.published.lost is not None:
             return False
         if self._number and (
             not before or before[0][0] != self._id or number_of(before[0][1]) not in {self._number, None}

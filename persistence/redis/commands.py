@@ -76,6 +76,10 @@ class ScopeCommands(CommandMaker):
         """`changed(call, change, number)` is called for each change, in order. `number` is 0 if changes have none."""
         super().__init__(scope, store, limits, clock=clock)
         self._published = store.published_of(self.hash_key)
+        self._above = 0
+        """Later events of the scope have higher numbers than this, unless the server has lost events since."""
+        self._restarts = 0
+        """The value of `Published.restarts` at that time."""
         self.due_ms: int | None = None
         """The next deadline that is known, in milliseconds by the server's clock."""
         self.due_key: str | None = None
@@ -110,11 +114,21 @@ class ScopeCommands(CommandMaker):
                 else:
                     self._finish(call, found, ended)
             if self.publishes and (last := reply[len(command.calls)]):
-                self._published.note(last)
+                self._note_published(last)
         else:
             self._finish(command.calls[0], reply, ended)  # of one key
         if command.again:
             queue[:0] = [call for call in command.again if not call.done]
+
+    def _note_published(self, number: int) -> None:
+        """Note the number of the newest event of a command. The next command of the scope is sent after this."""
+        published = self._published
+        if number <= self._above and self._restarts == published.restarts:
+            published.go_back(number)
+        else:
+            published.note(number)
+        # In this order: a restart in between makes the number useless, not wrong.
+        self._restarts, self._above = published.restarts, published.newest
 
     def _repeats(self, call: Call, error: ScopestateError, queue: list[Call]) -> bool:
         """Send a call again that may have been applied, if its idempotency key allows that; else return False."""
@@ -399,7 +413,7 @@ class ScopeCommands(CommandMaker):
         elif type(turn) is Expire:
             self._number = int(reply[-1] or b"0")
             if self.publishes and reply[1]:
-                self._published.note(reply[1])
+                self._note_published(reply[1])
             call.answer = self._finish_sweep(call, reply[0])
         else:
             call.answer = reply

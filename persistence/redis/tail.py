@@ -8,7 +8,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from scopestate.persistence.redis.connection import Connection
@@ -44,6 +44,12 @@ class Published:
         self.newest = 0
         self.latest = 0
         """If it is lower than `newest`, answers came out of order, or numbers have restarted."""
+        self.restarts = 0
+        """How often the numbers are known to have gone back."""
+        self.lost: tuple[int, int] | None = None
+        """Numbers of the first and the last event that the server has lost, as far as answers to writes show it."""
+        self.look_soon: Callable[[], object] = lambda: None
+        """Called when `lost` has been set."""
 
     def note(self, number: int) -> None:
         """Note the number of an event that this engine has published."""
@@ -51,9 +57,22 @@ class Published:
         self.latest = number if number > self.newest else number - 1
         self.newest = max(self.newest, number)
 
-    def restart(self, number: int) -> None:
-        """Note that the numbers of events have gone back: earlier ones no longer count."""
+    def go_back(self, number: int) -> None:
+        """Note a number as `note` does, if it was used before: a server that lacks the newest events has taken over.
+
+        Later writes soon have higher numbers than the lost events, so the counter alone would not show the loss.
+        """
+        if self.lost is None:
+            self.lost = number, self.newest
         self.newest = self.latest = number
+        self.restarts += 1
+        self.look_soon()
+
+    def restart(self, number: int) -> None:
+        """Note that the numbers of events have gone back, and that this was reported: earlier ones no longer count."""
+        self.newest = self.latest = number
+        self.restarts += 1
+        self.lost = None
 
 
 class Tail(ABC):
@@ -65,6 +84,7 @@ class Tail(ABC):
 
     def __init__(self, shape: Shape, published: Published) -> None:
         self.published = published
+        published.look_soon = self._look_soon
         self.restarts = 0
         """How often the numbers of events have gone back."""
         self.life = Life("", 0, 0)
@@ -153,8 +173,9 @@ class Tail(ABC):
         while True:
             # In this order: a restart in between is seen below.
             restarts, latest, number = self.restarts, published.latest, published.newest
+            look = latest < number or published.lost is not None
             left_s = None if deadline is None else max(deadline - time.monotonic(), 0.0)
-            if not self.catch_up(number, restarts, left_s, look=latest < number):
+            if not self.catch_up(number, restarts, left_s, look=look):
                 return False
             if self.restarts == restarts:
                 if published.latest == latest:
@@ -262,7 +283,7 @@ class Tail(ABC):
 
     def _look(self, connection: Connection) -> None:
         """Check whether the last entry that was read is still there; if not, find where to continue."""
-        stream, wanted = self._shape.stream, self._wanted
+        stream, wanted, lost = self._shape.stream, self._wanted, self.published.lost
         published = self.published.newest  # before the counter, which is then at least as high
         counted = self._counted(connection)
         before = connection.call("XREVRANGE", stream, self._id, "-", "COUNT", 1)
@@ -272,8 +293,10 @@ class Tail(ABC):
             return
         # If there is no entry up to it, it was trimmed, which the next number will show, or this is another stream.
         if not before or (before[0][0] == self._id and number_of(before[0][1]) in (self._number, None)):
-            if published > counted:
-                self._note_unread(published, counted, where)
+            if lost is not None and (before or not self._number):
+                self._note_unread(*lost, counted, where)
+            elif published > counted:
+                self._note_unread(counted + 1, published, counted, where)
             if before or (counted == self._number and not self._has_next(connection)):
                 self._looked = wanted
                 self._tell_all()
@@ -319,13 +342,13 @@ class Tail(ABC):
             f"continues with event {number + 1}; events published in between may be missing; {CUT_FILE}",
         )
 
-    def _note_unread(self, published: int, counted: int, where: str) -> None:
+    def _note_unread(self, first: int, last: int, counted: int, where: str) -> None:
         """Report that events are gone that this engine has published and not read yet."""
         self._begin_anew(counted)
         self.note_loss(
-            published - counted,
+            last - first + 1,
             f"{where} lost its end (a restart or a fail-over lost the newest events): the original events "
-            f"{counted + 1} to {published} reached no trigger of this engine; {CUT_FILE}",
+            f"{first} to {last} reached no trigger of this engine; {CUT_FILE}",
         )
 
     def _begin_anew(self, counted: int) -> None:

@@ -327,6 +327,32 @@ def test_own_events_that_a_restart_lost_before_they_were_read_are_reported_and_d
     assert seen.events[-1].new_value == "new"
 
 
+def test_lost_events_are_reported_if_later_ones_have_their_numbers_before_the_reader_looks(
+    start_server: StartServer, engines: Engines
+) -> None:
+    server = start_server()
+    engine = engines.open(server, limits={"handler_mailbox": 1})
+    seen = Seen(engine)
+    seen.gate.clear()
+    for number in range(1, 9):
+        engine.set("s", f"k{number}", number)
+    wait_until(lambda: engine._parts.router.backlog.blocked.value() > 0, "a reader that waits for room")
+    server.ask("SAVE")
+    for number in range(9, 20):
+        engine.set("s", f"k{number}", number)
+    server.kill()
+    server.start()
+    set_patiently(engine, "s", "k", 100)
+    for number in range(101, 130):
+        engine.set("s", "k", number)
+    seen.gate.set()
+    engine.drain(20)
+    assert [event.new_value for event in seen.events] == [*range(1, 9), *range(100, 130)]
+    assert missed(engine) == 11
+    assert "lost its end" in problems(engine)
+    assert "the original events 9 to 19 reached no trigger" in problems(engine)
+
+
 def test_events_that_are_gone_with_a_deleted_stream_are_not_all_put_down_to_trimming(
     valkey: Server, engines: Engines
 ) -> None:
