@@ -72,6 +72,8 @@ class NodeReader(ReadingThreads):
         """The number of slots whose reading began late, and that were not reported yet."""
         self._next_look = 0.0
         self._heard_s = 0.0
+        self._polled: Tracked | None = None
+        self._poll = select.poll()
 
     # ------------------------------------------------------------------------------------------------ from any thread
 
@@ -214,6 +216,7 @@ class NodeReader(ReadingThreads):
 
     def _bring(self, connection: Tracked) -> None:
         """Take in the announcements of the server, and the slots that other threads have handed over."""
+        connection.take_pushes()  # those that came behind a reply: the socket is not readable for them again
         names, connection.changed = connection.changed, set()
         slot_of = self._streams.slot_of
         for name in names:
@@ -240,19 +243,28 @@ class NodeReader(ReadingThreads):
     def _wait(self, connection: Tracked, now_s: float) -> bool:
         """Wait until there is something to do, at most until the next check. Return whether the server sent data."""
         until_s = min([self._next_look, now_s + BLOCK_S, *(one[0] for one in self._later)])
-        if not connection.readable():
-            waiting = select.poll()
-            waiting.register(connection.fileno(), select.POLLIN)
-            waiting.register(self._ear, select.POLLIN)
-            ready = waiting.poll(max(until_s - now_s, 0.0) * 1000)
-            if any(fd == self._ear.fileno() for fd, _ in ready):
-                with suppress(BlockingIOError):
-                    self._ear.recv(1 << 16)
-            if not connection.readable():
+        if not connection.has_decrypted():
+            has_data = False
+            for fd, _ in self._poll_of(connection).poll(max(until_s - now_s, 0.0) * 1000):
+                if fd == self._ear.fileno():
+                    with suppress(BlockingIOError):
+                        self._ear.recv(1 << 16)
+                else:
+                    has_data = True
+            if not has_data:
                 return False
         connection.receive()
         connection.take_pushes()
         return True
+
+    def _poll_of(self, connection: Tracked) -> select.poll:
+        """Return what waits for the server and for other threads."""
+        if self._polled is not connection:
+            self._polled = connection
+            self._poll = select.poll()
+            self._poll.register(connection.fileno(), select.POLLIN)
+            self._poll.register(self._ear, select.POLLIN)
+        return self._poll
 
     def _exchange(self, connection: Tracked, commands: Iterable[bytes], count: int) -> list[Any]:
         connection.send(b"".join(commands))

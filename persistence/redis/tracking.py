@@ -32,9 +32,13 @@ class Tracked(Connection):
         self.next_reply = self._next_reply
 
     def fileno(self) -> int:
-        """Return the file descriptor of the socket, for waiting. With TLS, ask `readable` first."""
+        """Return the file descriptor of the socket, for waiting. Ask `has_decrypted` first."""
         fd: int = self._sock.fileno()
         return fd
+
+    def has_decrypted(self) -> bool:
+        """True if TLS has bytes of the server that were taken from the socket already."""
+        return self._decrypted is not None and self._decrypted() > 0
 
     def take_pushes(self) -> None:
         """Take in the announcements of the server. Raises Broken if there is a reply, because none is expected."""

@@ -14,6 +14,8 @@ from servers import BINARIES, Cluster, Server, wait_until
 from scopestate import Engine
 from scopestate.errors import ConfigError, ScopestateError, StorageError
 from scopestate.persistence.redis import slots
+from scopestate.persistence.redis.cluster_nodes import NodeReader
+from scopestate.persistence.redis.connection import pack_text
 
 
 @pytest.fixture(scope="module", params=BINARIES, ids=lambda binary: binary.name)
@@ -423,3 +425,22 @@ def test_a_user_that_may_not_track_keys_is_refused_at_the_opening(cluster: Clust
     finally:
         for node in cluster.nodes:
             node.ask("ACL", "DELUSER", "limited")
+
+
+def test_an_announcement_behind_a_reply_is_taken_in(cluster: Cluster, engines: Engines) -> None:
+    """The server sends both together, so the socket does not become readable for the announcement."""
+    engine = engines.open(cluster.nodes[0])
+    reader = reader_of(engine)
+    slot = cluster.slot("state:s")
+    node = NodeReader(reader, reader.servers.pool_of(slot))
+    try:
+        node.open([])
+        connection: Any = node._connection
+        stream = reader.keys[slot][0]
+        node._exchange(connection, [pack_text(("SET", stream, "1")), pack_text(("DEL", stream))], 2)
+        if connection.readable():
+            connection.receive()
+        node._bring(connection)
+        assert slot in node._due
+    finally:
+        node.stop()
