@@ -33,6 +33,7 @@ def actor(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> LocalScope:
     actor = engine._scopes["s"]
     assert isinstance(actor, LocalScope)
     monkeypatch.setattr(engine._snapshot, "commit_soon", lambda: None)
+    engine.flush()  # behind a second commit that the set may have asked for
     return actor
 
 
