@@ -13,7 +13,7 @@ import logging
 import sqlite3
 import time
 from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from operator import itemgetter
 from types import NoneType
 from typing import Any, Final
@@ -239,8 +239,9 @@ def _one_moment(connection: sqlite3.Connection) -> Iterator[None]:
     try:
         yield
     finally:
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
+        with suppress(sqlite3.ProgrammingError):  # closed: a signal has interrupted the read, and its end comes late
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
 
 
 def _extents(connection: sqlite3.Connection, scope: str) -> list[tuple[int, int]]:
@@ -281,7 +282,8 @@ def _whole_rows(connection: sqlite3.Connection) -> Iterator[None]:
     try:
         yield
     finally:
-        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, before)
+        with suppress(sqlite3.ProgrammingError):  # closed, as above
+            connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, before)
 
 
 def _entry(scope: str, high: int, row: tuple[Any, ...]) -> tuple[str, Row]:

@@ -7,7 +7,7 @@ import logging
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 
 import pytest
@@ -334,6 +334,16 @@ def test_a_row_that_is_not_json_fails_its_own_key_only(open_engine: Open, tmp_pa
     assert engine.get("s", "k4") == 4
     with pytest.raises(StorageError, match="does not hold JSON"):
         engine.list("s")
+
+
+@pytest.mark.parametrize("scene", [by_key._one_moment, by_key._whole_rows])
+def test_the_end_of_an_interrupted_read_may_come_after_its_connection_is_closed(
+    scene: Callable[[sqlite3.Connection], AbstractContextManager[None]],
+) -> None:
+    connection = sqlite3.connect(":memory:")
+
+    with scene(connection):
+        connection.close()
 
 
 READS: list[tuple[str, str, Callable[[Engine], object]]] = [
