@@ -61,7 +61,11 @@ class _Reads(Writes):
         attempt = self._attempt
         attempt.refuse_if_over()
         attempt.transaction_of = "open"
-        acks = attempt.handler.port.transaction(attempt.position, self.scope)
+        try:
+            acks = attempt.handler.port.transaction(attempt.position, self.scope)
+        except Unsupported:
+            attempt.transaction_of = "failed"  # another scope may be possible
+            raise
         attempt.turn = turn = DeliveryBatch(
             tuple(self._steps), tuple(self._checks), max_bytes=self._limits.max_batch_bytes, acks=acks, fence={}
         )

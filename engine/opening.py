@@ -136,7 +136,7 @@ def no_store_for(consumer: str | None) -> str:
     """Return why an engine has no consumers."""
     return (
         f"the durable trigger {consumer!r} needs a store that outlives the process: give the adapter kv "
-        "`store_method: file_based`, or the adapter redis `events: shared` (no cluster); or leave out `durable`"
+        "`store_method: file_based`, or the adapter redis `events: shared`; or leave out `durable`"
     )
 
 

@@ -25,6 +25,7 @@ from scopestate.persistence.connections.connection import Broken
 from scopestate.persistence.connections.pump import Deliver, Means
 from scopestate.persistence.redis import sidecar
 from scopestate.persistence.redis.cluster import Clustered, slots_of
+from scopestate.persistence.redis.cluster_consumers import ClusterConsumers
 from scopestate.persistence.redis.cluster_events import ClusterReader
 from scopestate.persistence.redis.cluster_history import ClusterHistory
 from scopestate.persistence.redis.connection import Connection, Refusal
@@ -96,7 +97,8 @@ class RedisBackend(Backend):
         self.unwatchable = self._why_unwatchable()
         self.reader = self._open_reader(options) if self.shares_events else None
         """Reads the events of all engines; None if they are not shared."""
-        self.durable = self._make_consumers(options) if isinstance(self.reader, Reader) else None
+        self.cluster_durable: ClusterConsumers | None = None
+        self.durable = self._make_consumers(options)
         """The consumers of durable triggers; None: there are none here."""
         self.consumers = self.durable
 
@@ -374,10 +376,15 @@ class RedisBackend(Backend):
         with self._visit(server, "reading the name of the store") as connection:
             return read_life(connection, self.shape)
 
-    def _make_consumers(self, options: RedisOptions) -> RedisConsumers:
-        target = self._servers.primaries()[0]
+    def _make_consumers(self, options: RedisOptions) -> RedisConsumers | ClusterConsumers | None:
         engine = f"{socket.gethostname()}-{self._pid}-{secrets.token_hex(8)}".replace(" ", "_").replace(":", "_")
         limit = f"{options.journal_when_full[0]}{options.journal_events}"
+        if self.reader is None:
+            return None
+        if isinstance(self.reader, ClusterReader):
+            self.cluster_durable = ClusterConsumers(self.reader, options, engine, limit)
+            return self.cluster_durable
+        target = self._servers.primaries()[0]
         published = self.published_of(b"")
         place = Place(self.shape, target, engine, options.call_timeout_s, lambda: published.newest)
 

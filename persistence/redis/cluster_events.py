@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from redis.crc import key_slot
 
-from scopestate.errors import NotConnected
+from scopestate.errors import NotConnected, StorageError
 from scopestate.persistence.redis.cluster_nodes import NodeReader
 from scopestate.persistence.redis.connection import pack_text
 from scopestate.persistence.redis.entries import Event, number_of, state_event_of
@@ -146,11 +146,17 @@ class ClusterArrivals(Arrivals):
     def __init__(self, adapter: RedisBackend, reader: ClusterReader, router: EventRouter) -> None:
         super().__init__(adapter, reader, router)
         self._shape = reader.shape
+        self._note_arrivals = None if adapter.cluster_durable is None else adapter.cluster_durable.note_arrivals_in
 
     def feed(self, tail: Tail, entry_id: bytes, fields: list[bytes], event: Event) -> None:
         feed = self._router.feed
         position = feed.position + 1
         feed.arrive(event.scope, position, lambda: state_event_of(entry_id, fields, position - event.number))
+
+    def note_arrivals_in(self, slot: int) -> None:
+        """The stream of a slot has new entries: durable triggers may have something to do."""
+        if self._note_arrivals is not None:
+            self._note_arrivals(slot)
 
     def lose(self, slot: int, why: str) -> None:
         """End watches with a reason because changes in a slot are missing: those of its scopes, and of many scopes."""
@@ -295,6 +301,30 @@ class ClusterReader:
             if not node.wait_for_barrier(number, max(deadline - time.monotonic(), 0.0)):
                 return node.address
         return None
+
+    # ------------------------------------------------------------------------------------------ for durable triggers
+
+    def known_slots(self) -> list[int]:
+        """Return the slots that are known to have events, or to have had some."""
+        own = [slot for slot, _ in self.published_by_slot()]  # which may not have been read yet
+        return list({**dict.fromkeys(list(self.tails)), **dict.fromkeys(own)})
+
+    def slots_in_use(self) -> list[int]:
+        """Return all slots with events. Raises StorageError if a server does not say which of its slots have some."""
+        silent = self.catch_up(self.options.call_timeout_s)
+        if silent is None and self.unread:
+            silent = self.servers.pool_of(next(iter(self.unread))).target.address
+        if silent is not None:
+            raise StorageError(f"Redis at {silent} does not say which slots of the cluster have events: try again")
+        return self.known_slots()
+
+    def slot_of_scope(self, scope: str) -> int:
+        """Return the slot of a scope."""
+        return key_slot(self.shape.key_of(scope))
+
+    def published_by_slot(self) -> list[tuple[int, int]]:
+        """Return the slots in which this engine has published events, each with the number of the newest one."""
+        return [(slot, published.newest) for slot, published in list(self._published.items()) if published.newest]
 
     # -------------------------------------------------------------------------------------------- for the node readers
 

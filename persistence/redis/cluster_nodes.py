@@ -330,6 +330,7 @@ class NodeReader(ReadingThreads):
             self._later.append((time.monotonic() + _LATER_S, slot, False, False))
             return None
         tail.server = self.address
+        self._streams.outlet.note_arrivals_in(slot)
         handler = tail.take_in(connection, entries, here=here and len(entries) == 1)
         if len(entries) >= count:
             self._due.setdefault(slot, False)

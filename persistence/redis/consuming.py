@@ -13,8 +13,11 @@ from typing import Any, Final, NamedTuple
 from scopestate.ops.triggers import Trigger
 from scopestate.persistence.redis.script import HANDLED, SOURCES, Shape
 
-# KEYS: the stream, its counter, the limit of the stream, the names of the consumers, the consumer. ARGV: the operation,
-# the engine, the name of the consumer, then what the operation needs. What is kept of a consumer, KEYS[5] being `it`:
+# KEYS: the stream, its counter, the limit of the stream, the names of the consumers, the consumer, and a key that never
+# exists: so while a cluster moves the slot key by key, the script is refused there (TRYAGAIN), and never finds some of
+# its keys gone. ARGV: the operation, the engine, the name of the consumer, then what the operation needs.
+#
+# What is kept of a consumer, KEYS[5] being `it`:
 #
 #   it           hash: `number` the last event read from the stream; `paused` why; `lost` events that it never saw;
 #                `dead` the most dead letters
@@ -258,8 +261,9 @@ function run.fetch()
   replies[3], replies[5] = lost, more
   local next = nil
   for _, key in ipairs({replies[2] == '' and ready or engines, engines}) do
-    local head = call('ZRANGE', key, 0, 0, 'WITHSCORES')
-    if head[1] and head[1] ~= me and (not next or tonumber(head[2]) < next) then next = tonumber(head[2]) end
+    local head = call('ZRANGE', key, 0, 1, 'WITHSCORES')
+    local at = head[1] == me and 3 or 1
+    if head[at] and (not next or tonumber(head[at + 1]) < next) then next = tonumber(head[at + 1]) end
   end
   if call('ZCARD', parked) > 0 then next = math.min(next or now + 100, now + 100) end
   if next then replies[4] = math.max(next - now, 0) end
@@ -520,12 +524,13 @@ class Names:
         """`engine`: a name of this engine that no other one has, without spaces and colons."""
         self.consumer = consumer
         base = f"scopestate:consumer:{shape.place}:"
-        self._keys = (shape.stream, shape.counter, shape.limit, names_key(shape), base + consumer)
+        self._it = base + consumer
+        self._keys = (shape.stream, shape.counter, shape.limit, names_key(shape), self._it, absent_key(self._it))
         self._base = base
         self._engine = engine
 
     def _command(self, operation: str, *arguments: Any) -> tuple[Any, ...]:
-        return "EVALSHA", CONSUME, "5", *self._keys, operation, self._engine, self.consumer, *arguments
+        return "EVALSHA", CONSUME, "6", *self._keys, operation, self._engine, self.consumer, *arguments
 
     def join(self, begin: Begin, limit: str, most_dead: int) -> tuple[Any, ...]:
         """Make the consumer if there is none. `limit`: see `script.LIMITED`."""
@@ -547,11 +552,19 @@ class Names:
 
     def acknowledging(self, member: bytes) -> tuple[Any, ...]:
         """Return the entry of the script that writes which acknowledges an event that this engine holds."""
-        return "a", self._keys[-1], self._engine, member
+        return "a", self._it, self._engine, member
 
     def holds(self, member: bytes) -> tuple[Any, ...]:
         """Ask whether this engine holds an event: the reply is None if not."""
-        return "ZSCORE", f"{self._keys[-1]}:held:{self._engine}", member
+        return "ZSCORE", f"{self._it}:held:{self._engine}", member
+
+    def exists(self) -> tuple[Any, ...]:
+        """Ask whether the consumer is there: 1, else 0."""
+        return "EXISTS", self._it
+
+    def count_letters(self) -> tuple[Any, ...]:
+        """Ask how many dead letters there are."""
+        return "ZCARD", f"{self._it}:dead"
 
     def again(self, known: Iterable[bytes]) -> tuple[Any, ...]:
         """Ask for what this engine holds beside those members."""
@@ -601,6 +614,11 @@ class Begin(NamedTuple):
     """`now`, `earliest`, or `at`: behind the event with the next two."""
     entry_id: str = ""
     number: int = 0
+
+
+def absent_key(it: str) -> str:
+    """Return the key that never exists, beside those of the consumer with the key `it`: see `SOURCE`."""
+    return f"{it}:absent"
 
 
 def names_key(shape: Shape) -> str:

@@ -21,6 +21,7 @@ from scopestate.ops.transactions import DeliveryBatch
 from scopestate.ops.turns import NO_DEADLINE, A, Change, Effects, NewDeadline, Turn, View, changes_in
 from scopestate.ops.writes import Expire, SetWith
 from scopestate.persistence.redis.calls import ONE_STEP, Behind, Call, Command, Pause
+from scopestate.persistence.redis.consuming import absent_key
 from scopestate.persistence.redis.numbered import NumberedShape, packed_set
 from scopestate.persistence.redis.seen import BULKY, NOTHING, EntryView, Known, Seen, ValueView
 from scopestate.persistence.redis.sidecar import NUMBER_BYTES, PLAIN_BYTES, revision_in
@@ -324,6 +325,7 @@ class CommandMaker:
             return entry
         if turn.fence.setdefault("won", "turn") != "turn":
             raise Unsupported("the transaction of a delivery", "its attempt has ended before its turn came")
+        kept.append(absent_key(turn.acks[1]).encode())  # what the acknowledgement changes must not be moving
         return [*turn.acks, *entry]  # preceded by the acknowledgement of its delivery
 
     def _entry_view(self, known: dict[str, Known], now_ms: int) -> EntryView:

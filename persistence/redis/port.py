@@ -15,15 +15,17 @@ from typing import Any, Final
 
 import msgspec
 
-from scopestate.actors.consuming import ConsumerPort, ConsumerStatus, Held, Outcome
+from scopestate.actors.consuming import ConsumerStatus, Held, Outcome
 from scopestate.actors.pace import Pace
 from scopestate.errors import NotConnected, StorageError
+from scopestate.ops.results import StateEvent
 from scopestate.ops.triggers import Trigger
 from scopestate.persistence.connections.connection import NOT_ALL, Broken, Target
 from scopestate.persistence.redis.connection import Connection, Refusal, pack
 from scopestate.persistence.redis.consuming import Begin, Names
 from scopestate.persistence.redis.entries import state_event_of
 from scopestate.persistence.redis.history import store_key
+from scopestate.persistence.redis.keeping import KeptPort
 from scopestate.persistence.redis.script import Shape, explain, with_source
 
 log = logging.getLogger("scopestate.persistence.redis")
@@ -58,6 +60,19 @@ class Place:
         """Return the keys and commands of a consumer."""
         return Names(self.shape, consumer, self.engine)
 
+    @property
+    def address(self) -> str:
+        """The address of the server, for messages."""
+        return self.target.address
+
+    def event_of(self, entry_id: bytes, fields: list[bytes], base: int) -> StateEvent | None:
+        """Return a stream entry as an event, with its position; None if it is not one."""
+        return state_event_of(entry_id, fields, base)
+
+    def line(self) -> Line:
+        """Return a connection for operations on consumers, which is made with the first one."""
+        return Line(self)
+
 
 class Line:
     """A connection for operations that may be repeated: one that was lost with its connection is sent again, once."""
@@ -78,8 +93,7 @@ class Line:
             return self._exchange(commands)
         except Broken as error:
             self.breaks += 1
-            address = self._place.target.address
-            raise StorageError(f"the connection to Redis at {address} was lost: {error}") from error
+            raise StorageError(f"the connection to Redis at {self._place.address} was lost: {error}") from error
 
     def close(self) -> None:
         """Close the connection. Another thread that waits in it gets an error."""
@@ -113,15 +127,18 @@ class Line:
         for reply in replies:
             if type(reply) is Refusal:
                 connection.close()
-                raise explain(reply, self._place.target.address, self._place.shape.stream, waited=False)
+                raise explain(reply, self._place.address, self._place.shape.stream, waited=False)
         self._connection = connection
         return replies
 
 
-class RedisPort(ConsumerPort):
+class RedisPort(KeptPort):
     """One consumer, as this engine sees it."""
 
     notes_at_once = NOTES_AT_ONCE
+    next_beat = next_wake = 0.0
+    problem: str | None = None
+    lost = 0
 
     def __init__(
         self,
@@ -148,7 +165,7 @@ class RedisPort(ConsumerPort):
         self._trigger = trigger
         self._wake: Callable[[], object] = _nothing
         self._lost: Callable[[Sequence[int]], object] = _nothing
-        self._line = Line(place)
+        self._line = place.line()
         self._exclusive = threading.Lock()
         """Held for one operation. Only worker threads and the keeper's get here."""
         self._base = 0
@@ -171,14 +188,6 @@ class RedisPort(ConsumerPort):
         self._pause = ""
         self._is_full = self._has_failed = False
         """True: the last call of `fetch` found no room; an operation has failed, and the runtime may wait for it."""
-        self.stopping = False
-        self.is_over = False
-        """True once it holds no events, and takes no more."""
-        self.next_beat = self.next_wake = 0.0
-        """When the keeper has to renew the hold, and to wake the runtime. On the monotonic clock."""
-        self.problem: str | None = None
-        self.lost = 0
-        """Events that were gone before the consumer got them, as far as this engine has noticed."""
 
     # ---------------------------------------------------------------------------------------------- for the runtime
 
@@ -320,15 +329,13 @@ class RedisPort(ConsumerPort):
 
     @property
     def has_failed(self) -> bool:
-        """True if an operation has failed, and none of the keeper's was done since."""
         return self._has_failed
 
     def wake(self) -> None:
-        """Wake the runtime: there may be events."""
+        self.next_wake = 0.0  # before it: what follows may set it again
         self._wake()
 
     def keep(self) -> None:
-        """Report what has ended, and that this engine is alive. Raises StorageError."""
         with self._exclusive:
             self._send_outcomes(always=True)
             self.next_beat = time.monotonic() + self.beat_s
@@ -339,8 +346,10 @@ class RedisPort(ConsumerPort):
         if may_go_on:
             self._wake()
 
+    def clear_problem(self) -> None:
+        self.problem = None
+
     def leave(self) -> None:
-        """Report what has ended, and give everything else back: the engine closes. Raises StorageError."""
         with self._exclusive:
             self._send_outcomes()
             self._unnote()
@@ -370,14 +379,14 @@ class RedisPort(ConsumerPort):
 
     def _room(self) -> int:
         """Return how many more events this engine may hold. Those of lanes that wait for an attempt do not count."""
-        late = {_lane_of(self._held[position]) for position in list(self._waiting) if position in self._held}
+        late = {lane_of(self._held[position]) for position in list(self._waiting) if position in self._held}
         held = len(self._held)
         if late:
-            held = sum(_lane_of(member) not in late for member in list(self._held.values()))
+            held = sum(lane_of(member) not in late for member in list(self._held.values()))
         room = self._pace.room(self._trigger, held, held)
         if room <= 0 and held > 1:
             # Counted only now, because it takes long: many of them may be in few lanes.
-            lanes = {_lane_of(member) for member in list(self._held.values())} - late
+            lanes = {lane_of(member) for member in list(self._held.values())} - late
             room = self._pace.room(self._trigger, held, len(lanes))
         return room
 
@@ -415,9 +424,11 @@ class RedisPort(ConsumerPort):
             return [], True
         is_new, pause, lost, wait_ms, more, number = reply[:6]
         self._number = int(number)
-        if is_new and self._held:
-            self._lost(self._drop_all())
-            found = []
+        if is_new:
+            if self._held:
+                self._lost(self._drop_all())
+                found = []
+            self._look_at_base()
         if lost:
             self._report_loss(f"{lost} events were trimmed from the stream, or it was deleted", lost)
         self.note_pause(pause.decode())
@@ -430,7 +441,7 @@ class RedisPort(ConsumerPort):
     def _taken(self, rows: Sequence[Any]) -> list[Held]:
         found: list[Held] = []
         for member, entry_id, fields, attempts, first, due, error in rows:
-            event = state_event_of(entry_id, fields, self._base) if fields else None
+            event = self._place.event_of(entry_id, fields, self._base) if fields else None
             if event is None:
                 log.error("entry %r of stream %r is not an event", entry_id, self._place.shape.stream)
                 self._outcomes.append((0, ("d", member)))
@@ -473,8 +484,8 @@ class RedisPort(ConsumerPort):
 
     def _give_back(self) -> None:
         """Give back events that have not begun, of lanes in which nothing is running here."""
-        busy = {_lane_of(self._held[position]) for position in list(self._running) if position in self._held}
-        free = [member for member in list(self._held.values()) if _lane_of(member) not in busy]
+        busy = {lane_of(self._held[position]) for position in list(self._running) if position in self._held}
+        free = [member for member in list(self._held.values()) if lane_of(member) not in busy]
         if free:
             self._unnote()
             (reply,) = self._ask(self._names.ended(self._wait_ms, [("p", member) for member in free]))
@@ -517,7 +528,7 @@ class RedisPort(ConsumerPort):
         self._outcomes.clear()
         self._lives += 1
         (base,) = self._ask(("HGET", store_key(self._place.shape), "base"))
-        if base is not None and int(base) == self._base:
+        if base is not None and int(base) == self._base and self._was_forgotten():
             log.warning(
                 "consumer %r was forgotten by another engine, and starts again because its trigger is here", self.name
             )
@@ -528,13 +539,24 @@ class RedisPort(ConsumerPort):
         self._base = int(base)
         return positions
 
+    def _was_forgotten(self) -> bool:
+        """Return whether an engine has forgotten the consumer, which is gone from a database that was not flushed."""
+        return True
+
+    def _look_at_base(self) -> None:
+        """This engine counts as new: Redis may have been flushed, and another engine have made the consumer again."""
+        (base,) = self._ask(("HGET", store_key(self._place.shape), "base"))
+        if base is not None and int(base) != self._base:
+            self._base = int(base)
+            self._lives += 1
+            self._report_loss("it was gone because Redis was flushed")
+
     def _report_loss(self, what: str, count: int = 0) -> None:
         self.lost += count
-        self.problem = f"consumer {self.name!r} of Redis at {self._place.target.address}: {what}"
+        self.problem = f"consumer {self.name!r} of Redis at {self._place.address}: {what}"
         log.error("%s: the events in between did not reach it", self.problem)
 
     def note_pause(self, why: str) -> None:
-        """Record that it is paused, or continues ("")."""
         before, self._pause = self._pause, why
         if before and not why:
             self._wake()
@@ -567,7 +589,8 @@ def _said(member: bytes, one: Outcome) -> tuple[Any, ...]:
     return ("x" if one.verdict == "dead" else "b"), member, letter
 
 
-def _lane_of(member: bytes) -> bytes:
+def lane_of(member: bytes) -> bytes:
+    """Return the lane of an event that an engine holds."""
     return member.rpartition(b"\n")[0]
 
 

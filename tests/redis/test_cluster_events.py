@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from cluster_load import Writers, replica_of, scopes_on_each
 from event_engines import Engines, Seen, drain_chains, problems
 from reliability.living import InThread
 from servers import BINARIES, Cluster, Server, wait_until
 
 from scopestate import Engine
-from scopestate.errors import ConfigError, ScopestateError, StorageError
+from scopestate.errors import ConfigError, StorageError
 from scopestate.persistence.redis import slots
 from scopestate.persistence.redis.cluster_nodes import NodeReader
 from scopestate.persistence.redis.connection import pack_text
@@ -34,59 +34,6 @@ def engines(nothing_left_behind: None) -> Iterator[Engines]:
 @pytest.fixture
 def prefix(request: pytest.FixtureRequest) -> str:
     return f"{abs(hash(request.node.name))}:"
-
-
-class Writers:
-    """Threads that each set key `k` of a scope to 1, 2, ... until they are told to end."""
-
-    def __init__(self, engine: Engine, scopes: list[str]) -> None:
-        self.acknowledged: dict[str, list[int]] = {scope: [] for scope in scopes}
-        self.uncertain: dict[str, list[int]] = {scope: [] for scope in scopes}
-        """What may have been written: the call has failed."""
-        self._over = threading.Event()
-        self._engine = engine
-        self._threads = [InThread(self._of(scope)) for scope in scopes]
-
-    def _of(self, scope: str) -> Callable[[], None]:
-        def write() -> None:
-            number = 0
-            while not self._over.is_set():
-                number += 1
-                try:
-                    self._engine.set(scope, "k", number)
-                except ScopestateError:
-                    self.uncertain[scope].append(number)
-                else:
-                    self.acknowledged[scope].append(number)
-
-        return write
-
-    def wait_for_more(self, count: int = 20, scopes: list[str] | None = None) -> None:
-        before = {scope: len(numbers) for scope, numbers in self.acknowledged.items()}
-        wait_until(
-            lambda: all(
-                len(self.acknowledged[scope]) >= before[scope] + count for scope in scopes or self.acknowledged
-            ),
-            "writes that go through",
-        )
-
-    def end(self) -> None:
-        self._over.set()
-        for thread in self._threads:
-            thread.result()
-
-
-def scopes_on_each(cluster: Cluster, prefix: str, each: int) -> dict[Server, list[str]]:
-    """Return names of scopes by the primary that has them."""
-    found: dict[Server, list[str]] = {}
-    number = 0
-    while len(found) < 3 or any(len(scopes) < each for scopes in found.values()):
-        scope = f"s{number}"
-        scopes = found.setdefault(cluster.owner(prefix + scope), [])
-        if len(scopes) < each:
-            scopes.append(scope)
-        number += 1
-    return found
 
 
 def values_of(seen: Seen, scope: str) -> list[int]:
@@ -283,15 +230,6 @@ def test_events_go_on_at_a_replica_that_takes_over_by_command(
     wait_until(lambda: all_were_seen(seen, writers), lambda: problems(reader))
     assert_each_once_and_in_order(seen, writers)
     assert missed(reader) == 0
-
-
-def replica_of(cluster: Cluster, primary: Server) -> Server:
-    port = primary.port
-    return next(
-        node
-        for node in cluster.nodes
-        if node.running and (role := node.ask("ROLE"))[0] == "slave" and int(role[2]) == port
-    )
 
 
 def test_a_primary_that_dies_under_load_costs_no_event_in_silence_and_the_others_go_on(
