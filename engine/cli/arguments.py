@@ -13,6 +13,12 @@ from scopestate.errors import DeserializationError
 from scopestate.ops.values import parse
 
 AsJson = Annotated[bool, typer.Option("--json", help="One line of JSON, for programs; errors too.")]
+ConfigFile = Annotated[
+    str | None,
+    typer.Option(
+        "--config", metavar="FILE", help="The configuration file whose rules apply, if STORE is not one itself."
+    ),
+]
 
 
 def without_mark(data: bytes) -> bytes:

@@ -42,7 +42,7 @@ def owner_of(engine: EngineAt, store: str | None) -> EngineAt:
     """
     if store is None:
         return engine
-    from scopestate.cli.store import directory_of  # noqa: PLC0415 - not needed for a running engine
+    from scopestate.cli.store_work import directory_of  # noqa: PLC0415 - not needed for a running engine
 
     with errors_to_exit_codes(as_json=engine.as_json):
         return engine._replace(url=address_of_owner(directory_of(store)), token=None)

@@ -9,7 +9,7 @@ import msgspec
 
 from scopestate.cli.client import EngineAt
 from scopestate.cli.rules import names_config
-from scopestate.cli.store import directory_of
+from scopestate.cli.store_work import directory_of
 from scopestate.cli.terminal import errors_to_exit_codes
 from scopestate.config import AdapterConfig, Config, KvOptions, load
 from scopestate.engine import Engine

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any, Final
-
-import typer
+from typing import Any, Final
 
 from scopestate.actors.ports import Row, ScopeChange
 from scopestate.actors.value_rules import Misfits, ValueRule
@@ -17,13 +15,6 @@ from scopestate.opening import value_rule_of
 from scopestate.persistence import Store
 from scopestate.persistence.sqlite.reading import StoreReader
 from scopestate.transfer import BATCH_BYTES, BATCH_KEYS, KeyLine
-
-ConfigFile = Annotated[
-    str | None,
-    typer.Option(
-        "--config", metavar="FILE", help="The configuration file whose rules apply, if STORE is not one itself."
-    ),
-]
 
 _MOST_LISTED: Final = 100
 """How many values that do not fit are listed one by one."""

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from commands import Run
 
-from scopestate.cli.config import without_password
+from scopestate.cli.config_work import without_password
 from scopestate.config import DEFAULT_FILE, loads
 
 WRONG = """\

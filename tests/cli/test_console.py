@@ -19,7 +19,7 @@ import pytest
 from commands import PATIENCE_S, Program, Run
 
 from scopestate import Engine
-from scopestate.cli import console as command
+from scopestate.cli import console_work as command
 from scopestate.server.server import Server
 
 

@@ -85,6 +85,12 @@ def commands_among(modules: set[str]) -> set[str]:
         (("get", "--help"), {"state"}, RICH_HELP),
         (("serve", "--help"), {"serve", "serve_line", "serving"}, RICH_HELP),
         (("consumers", "--help"), {"consumers"}, RICH_HELP),
+        (("config", "check", "--help"), {"config"}, RICH_HELP),
+        (("store", "info", "--help"), {"store"}, RICH_HELP),
+        (("cache", "import-diskcache", "--help"), {"cache"}, RICH_HELP),
+        (("top", "--help"), {"top"}, RICH_HELP),
+        (("watch", "--help"), {"watch"}, RICH_HELP),
+        (("console", "--help"), {"console"}, RICH_HELP),
         (("workers", "--help"), {"listing"}, RICH_HELP),
         (("completion", "bash"), {"start"}, set()),
     ],
@@ -99,7 +105,12 @@ def test_a_command_imports_only_what_it_needs(arguments: tuple[str, ...], comman
 
 @pytest.mark.parametrize(
     ("line", "commands"),
-    [("scopestate ", set()), ("scopestate get --", {"state"}), ("scopestate serve --", {"serve", "serving"})],
+    [
+        ("scopestate ", set()),
+        ("scopestate store migrate --", {"store"}),
+        ("scopestate get --", {"state"}),
+        ("scopestate serve --", {"serve", "serving"}),
+    ],
 )
 def test_the_tab_key_imports_only_the_command_of_the_line(line: str, commands: set[str]) -> None:
     words = line.split(" ")

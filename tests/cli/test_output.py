@@ -15,7 +15,7 @@ from commands import PATIENCE_S, Program, Run
 
 from scopestate import Engine
 from scopestate.cli.terminal import json_text, shown
-from scopestate.cli.watch import event_line
+from scopestate.cli.watch_work import event_line
 from scopestate.config import from_mapping
 from scopestate.server.server import Server
 

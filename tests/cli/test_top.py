@@ -21,10 +21,10 @@ from textual.pilot import Pilot
 from textual.widgets import DataTable, Static, TabbedContent
 
 from scopestate import Engine
-from scopestate.cli.top import _show, source_of
 from scopestate.cli.top_figures import Rates, Reading, calls_per_s, summary
 from scopestate.cli.top_screen import HelpScreen, TopScreen
 from scopestate.cli.top_sources import EngineSource, RedisSource, Source, StoreSource
+from scopestate.cli.top_work import _show, source_of
 from scopestate.config import from_mapping
 from scopestate.errors import ConfigError
 from scopestate.server.server import Server

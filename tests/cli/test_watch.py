@@ -13,7 +13,7 @@ import pytest
 from commands import PATIENCE_S, Program, Run
 
 from scopestate import Engine
-from scopestate.cli.watch import event_line
+from scopestate.cli.watch_work import event_line
 from scopestate.config import from_mapping
 from scopestate.server.server import Server
 
