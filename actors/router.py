@@ -349,8 +349,12 @@ class EventRouter(TurnActor):
 
     def fans_out(self) -> bool:
         """Return whether the next turn has more than one delivery to make."""
-        first_two = self._mailbox[:2]  # one step: another thread may be taking events out
-        return len(first_two) > 1 or any(type(item) is tuple and len(item[0]) > 1 for item in first_two)
+        mailbox = self._mailbox
+        try:
+            first = mailbox[0]
+        except IndexError:
+            return False  # there is none, or another thread has taken it
+        return len(mailbox) > 1 or (type(first) is tuple and len(first[0]) > 1)
 
     def run_held(self) -> None:
         """Run the turn for which this thread has called `hold`, if since then there is something to do."""

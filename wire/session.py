@@ -100,20 +100,15 @@ class Answered(msgspec.Struct):
     frame: InvocationResult
 
 
-class Execution:
+class Execution(msgspec.Struct, eq=False):
     """A call that a worker executes. `settle` is called once, with its outcome."""
 
-    __slots__ = ("depth", "executor", "function_id", "invocation_id", "settle")
-
-    def __init__(
-        self, executor: WorkerSession, function_id: str, invocation_id: str, settle: Settle, depth: int
-    ) -> None:
-        self.executor = executor
-        self.function_id = function_id
-        self.invocation_id = invocation_id
-        self.settle = settle
-        self.depth = depth
-        """The event depth of calls that the worker makes while it executes this one."""
+    executor: WorkerSession
+    function_id: str
+    invocation_id: str
+    settle: Settle
+    depth: int
+    """The event depth of calls that the worker makes while it executes this one."""
 
     def forget(self) -> bool:
         """Stop waiting; a late answer will be ignored. Returns False if the call has ended already."""

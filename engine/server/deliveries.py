@@ -345,7 +345,8 @@ class WorkerHandler(HandlerActor):
             elif owner is not None:
                 if owner.access is not None:
                     self._check(owner, trigger.function_id, event)
-                event = self._as_known(event)
+                if event.expired_at is not None:
+                    event = self._as_known(event)
             target.send_event(event, functools.partial(self._settled, run), trigger.metadata_json)
         except Exception as error:  # noqa: BLE001 - goes to the delivery, which reports it
             run.delivery = self._finish(run, trigger.function_id, None, error)
@@ -360,12 +361,51 @@ class WorkerHandler(HandlerActor):
         self.note_answer(outcome)
         error = outcome.error
         if error is None:
-            run.outcome, run.news = "delivered", "over"
+            run.outcome = "delivered"
+            if self._end_at_once(run):
+                return
+            run.news = "over"
         else:
             function_id = self.trigger.function_id
             failure = RemoteFailure(function_id, error.code, error.message, error.stacktrace)
             run.delivery, run.news = self._finish(run, function_id, None, failure), "answered"
         self._tell(run)
+
+    def _end_at_once(self, run: Run) -> bool:
+        """End a run without a turn, if nothing else is to be done here. False, with nothing done, in any other case.
+
+        The same as a turn that hears that the run is over, in half of the time.
+        """
+        lanes = self._lanes
+        if (
+            lanes is None
+            or lanes.going
+            or lanes.has_ready()
+            or self._mailbox
+            or self._news
+            or self._claim
+            or self._scheduled
+            or self._shaped
+            or self._asked
+        ):
+            return False
+        dispatcher: LoopDispatcher = self._dispatcher  # type: ignore[assignment]  # as above
+        if not dispatcher.begin_here():
+            return False
+        self._claim[HOLDER] = get_ident()
+        try:
+            self._end(run)
+            self._stuck = False
+        except BaseException:  # a MemoryError: a turn ends it
+            run.news = "over"
+            certainly(functools.partial(self._news.append, run))
+            raise
+        finally:
+            del self._claim[HOLDER]
+            dispatcher.end_here()
+            certainly(self.wake)
+        self._services.backlog.made_room()
+        return True
 
     async def _on_loop(self, run: Run, function_id: str, result: Awaitable[Any]) -> Any:
         if not isinstance(result, (_InWorker, _InServer, _OnThread)):
