@@ -15,6 +15,7 @@ from benchmarks import (
     against,
     measures_cache,
     measures_calls,
+    measures_cluster,
     measures_events,
     measures_journal,
     measures_keys,
@@ -44,6 +45,7 @@ MEASURES: dict[str, Measure] = {
     **measures_size.MEASURES,
     **measures_wire.MEASURES,
     **measures_redis.MEASURES,
+    **measures_cluster.MEASURES,
     **measures_sharing.MEASURES,
 }
 RESULTS = Path("bench-results")

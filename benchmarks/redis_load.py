@@ -107,9 +107,11 @@ def sending(url: str) -> Iterator[Callable[[Sequence[bytes]], None]]:
 
 
 @contextmanager
-def started(what: str, url: str, count: int, processes: int = 1) -> Iterator[list[subprocess.Popen[str]]]:
-    """Run this module in processes of their own; each of them is ready, and waits for a line."""
-    command = [sys.executable, "-m", "benchmarks.redis_load", what, url, str(count)]
+def started(
+    what: str, url: str, count: int, processes: int = 1, *, module: str = "benchmarks.redis_load"
+) -> Iterator[list[subprocess.Popen[str]]]:
+    """Run a module in processes of their own; each of them is ready, and waits for a line."""
+    command = [sys.executable, "-m", module, what, url, str(count)]
     with ExitStack() as stack:
         found = []
         for _ in range(processes):

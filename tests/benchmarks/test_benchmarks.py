@@ -113,6 +113,9 @@ JUDGED = {
     "redis_threads_one_scope": {"at_least": 5},
     "redis_threads_floor": {"at_most": 1.3},
     "redis_event": {"at_most": 4},
+    "cluster_event": {"at_most": 2},
+    "cluster_events": {"at_least": 25_000},
+    "cluster_collected": {"at_least": 25_000},
     "redis_conflicts": {"at_most": 0.25},
     "redis_lost": {"at_most": 0},
     "redis_revisions": {"at_most": 1.15},
@@ -132,6 +135,8 @@ JUDGED = {
     "owner_followed": {"at_most": 1.05},
 }
 SHOWN = {
+    "cluster_vs_single",
+    "cluster_vs_floor",
     "cache_durable",
     "set_beside_cpu_p99",
     "set_vs_burner_redis",

@@ -1,0 +1,120 @@
+"""What a Redis Cluster costs for shared events, beside a single server in the same run."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import statistics
+import time
+from collections.abc import Callable
+from subprocess import Popen
+
+from benchmarks.cluster_load import CALLERS, SCOPES, bare_writer, redis_cluster, set_all
+from benchmarks.harness import Measure, Row, Sizes, percentile
+from benchmarks.redis_load import config, line, redis_server, say, started
+from scopestate import Engine
+
+_LOAD = "benchmarks.cluster_load"
+_KEPT = 20_000
+"""Events that a stream keeps: all of those that collect."""
+
+
+def cluster_event(sizes: Sizes) -> list[Row]:
+    """From a set in one process to the handler in another, in a cluster and on a single server."""
+    count = sizes.slow_calls
+    total = (sizes.repeats + 1) * count
+    with (
+        redis_server() as single_url,
+        redis_cluster() as cluster_url,
+        Engine.from_config(config(single_url, events="shared")) as single,
+        Engine.from_config(config(cluster_url, events="shared")) as cluster,
+        started("watch", single_url, total) as (single_handler,),
+        started("watch", cluster_url, total) as (cluster_handler,),
+    ):
+
+        def deliveries(engine: Engine, handler: Popen[str]) -> float:
+            taken = []
+            for _ in range(count):
+                engine.set("watched", "k", time.perf_counter())
+                taken.append(float(line(handler)))
+                say(handler, "next")
+            return percentile(taken, 0.5)
+
+        deliveries(single, single_handler), deliveries(cluster, cluster_handler)
+        samples = [
+            (deliveries(cluster, cluster_handler), deliveries(single, single_handler)) for _ in range(sizes.repeats)
+        ]
+    figures = {
+        "cluster_us": statistics.median(many for many, _ in samples) * 1e6,
+        "single_us": statistics.median(one for _, one in samples) * 1e6,
+    }
+    ratio = statistics.median(many / one for many, one in samples)
+    what = "redis cluster: set in A to handler in B, p50 / a single server"
+    return [Row("cluster_event", what, ratio, "x", 2, figures=figures, own="cluster_us")]
+
+
+def cluster_events_per_second(sizes: Sizes) -> list[Row]:
+    """Events over many scopes that another process handles: in a cluster, on a single server, and without an engine.
+
+    The floor is a client on sockets that sends an HSET and an XADD for each event to the same servers, and another one
+    that reads the streams that the servers announce. It does not number, check, encode or deliver anything.
+
+    One process writes, which is what limits the rate. So events that have collected are measured too: the process that
+    handles them is stopped until all of them were written.
+    """
+    count = max(1, sizes.slow_calls // CALLERS * 5) * CALLERS
+    with (
+        redis_server() as single_url,
+        redis_cluster() as cluster_url,
+        asyncio.Runner() as runner,
+        Engine.from_config(config(single_url, events="shared", events_kept=_KEPT)) as single,
+        Engine.from_config(config(cluster_url, events="shared", events_kept=_KEPT)) as cluster,
+        bare_writer(cluster_url) as write,
+        started("watch", single_url, count, module=_LOAD) as (single_handler,),
+        started("watch", cluster_url, count, module=_LOAD) as (cluster_handler,),
+        started("read", cluster_url, count, module=_LOAD) as (reader,),
+    ):
+
+        def rate(load: Callable[[], None], there: Popen[str]) -> float:
+            began = time.perf_counter()
+            say(there, "go")
+            load()
+            return count / (float(line(there)) - began)
+
+        def collected(engine: Engine, there: Popen[str]) -> float:
+            say(there, "go")
+            there.send_signal(signal.SIGSTOP)
+            set_all(engine, runner, count)
+            began = time.perf_counter()
+            there.send_signal(signal.SIGCONT)
+            return count / (float(line(there)) - began)
+
+        def once() -> tuple[float, ...]:
+            return (
+                rate(lambda: set_all(cluster, runner, count), cluster_handler),
+                rate(lambda: set_all(single, runner, count), single_handler),
+                rate(lambda: write(count), reader),
+                collected(cluster, cluster_handler),
+                collected(single, single_handler),
+            )
+
+        once()
+        samples = [once() for _ in range(sizes.repeats)]
+    many, one, least, behind, behind_one = (statistics.median(rates) for rates in zip(*samples, strict=True))
+    figures = {"cluster_per_s": many, "single_per_s": one, "floor_per_s": least}
+    waiting = {"cluster_per_s": behind, "single_per_s": behind_one}
+    what = f"redis cluster: events per second, {SCOPES:,} scopes"
+    beside_single = statistics.median(sample[0] / sample[1] for sample in samples)
+    beside_floor = statistics.median(sample[0] / sample[2] for sample in samples)
+    return [
+        Row("cluster_events", f"{what}, one writing process", many, "per s", 25_000, at_least=True),
+        Row("cluster_vs_single", f"{what} / a single server", beside_single, "x", figures=figures, own="cluster_per_s"),
+        Row("cluster_vs_floor", f"{what} / sockets alone", beside_floor, "x", figures=figures, own="cluster_per_s"),
+        Row("cluster_collected", f"{what}, collected ones", behind, "per s", 25_000, at_least=True, figures=waiting),
+    ]
+
+
+MEASURES: dict[str, Measure] = {
+    "cluster_event": cluster_event,
+    "cluster_events": cluster_events_per_second,
+}
