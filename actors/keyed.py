@@ -16,7 +16,7 @@ from scopestate.actors.reply import Envelope
 from scopestate.actors.scope import Housekeeping, ScopeActor, Surroundings
 from scopestate.actors.stretch import NO_DEADLINES, Collected, part, remover
 from scopestate.actors.view import Apart, InMemory, Unexpired, WithDeadlines
-from scopestate.actors.wheel import Wheel
+from scopestate.actors.wheel import NEVER, Wheel
 from scopestate.errors import StorageError
 from scopestate.ops.ranges import Keys
 from scopestate.ops.turns import Range, Turn
@@ -56,6 +56,11 @@ _REST: Final = 4
 _ROOM_BYTES: Final = 300
 """Bytes of a table for each of its keys: a dict that only grows takes at most half of that."""
 _SMALL_TABLE: Final = 1 << 16
+_ALL: Final = (NEVER, 0)
+_DUE_AT_ONCE: Final = 1000
+"""Deadlines that are read together, in a few milliseconds."""
+_SOON_MS: Final = 60_000
+"""Keys that expire within this time stay in memory, where they are needed then."""
 
 
 class Shed(Housekeeping[int], frozen=True):
@@ -80,11 +85,14 @@ class KeyedScope(LocalScope):
     - A key that is not in `_values`, but in `_dirty` or `_unsaved`, is deleted.
     - Any other key is as the store has it.
 
+    `_deadlines` may also have keys that are not in `_values`: those that expire next.
+
     docs/design/0081-scopes-larger-than-memory.md has the reasons.
     """
 
     __slots__ = (
         "_asked_whole",
+        "_behind",
         "_hand",
         "_is_large",
         "_kept",
@@ -109,6 +117,8 @@ class KeyedScope(LocalScope):
         """The view for turns while only a part is in memory; None: the whole scope is in memory, or nothing."""
         self._unsaved = _NOTHING
         """Keys that were collected and are not saved yet. The actor that saves replaces it by an empty dict."""
+        self._behind = _ALL
+        """A deadline, and the number of the write that created its key: what the store has up to here is in memory."""
         self._is_large = False
         """True if the state that was read last is one without keys."""
         self._turns = 0
@@ -282,6 +292,35 @@ class KeyedScope(LocalScope):
                 raise
         return len(missing)
 
+    def bring_due(self, now_ms: int) -> int:
+        """Read the next deadlines, if those in memory may not be the first. All up to the returned time are there.
+
+        Within a turn. Raises StorageError.
+        """
+        wheel, deadlines = self._wheel, self._deadlines
+        if self._behind[0] > now_ms or (wheel is not None and wheel.next_due() < self._behind[0]):
+            return self._behind[0]
+        found = self._stored.due(self.scope, self._behind, _DUE_AT_ONCE)
+        values, changed = self._values or _NOTHING, self.changed()
+        times = {key: ms for ms, _, key in found if not (key in values or key in changed or key in deadlines)}
+        if times:
+            self._place_all(times)
+        behind = found[-1][:2] if len(found) == _DUE_AT_ONCE else _ALL
+        # A stretch.
+        deadlines |= times
+        self._behind = behind
+        return behind[0]
+
+    def drop_deadlines(self, keys: Iterable[str]) -> None:
+        """Drop the deadlines of keys that do not exist: the store was changed by another program. Within a turn."""
+        gone = [*keys]
+        remover((self._deadlines, gone))()
+        if self._wheel is not None:
+            self._wheel.forget_all(gone)
+
+    def next_due(self) -> int:
+        return min(super().next_due(), self._behind[0])
+
     def changed(self) -> dict[str, None]:
         """Return the keys that may differ from the store, deleted ones too. Within a turn."""
         changed = {**self._unsaved, **(self._dirty or _NOTHING)}
@@ -304,6 +343,7 @@ class KeyedScope(LocalScope):
         deadlines = dict[str, int]()
         wheel = Wheel(deadlines)
         keyed = self._part_view(values, revisions, created, deadlines, wheel)
+        behind = _ALL if state.due_ms is None else (state.due_ms, 0)
         self.readable = None
         # A stretch.
         self._values = values
@@ -311,6 +351,7 @@ class KeyedScope(LocalScope):
         self._created = created
         self._deadlines = deadlines
         self._wheel = wheel
+        self._behind = behind
         self._timed_view = keyed
         self._keyed = keyed
 
@@ -336,6 +377,7 @@ class KeyedScope(LocalScope):
         self._created = state.created
         self._deadlines = deadlines
         self._wheel = wheel
+        self._behind = _ALL
         self._unexpired = unexpired
         self._timed_view = timed
         self._ordered = ordered
@@ -417,8 +459,14 @@ class KeyedScope(LocalScope):
         each = _ENTRY_BYTES + self._table_bytes(values) // max(1, len(values))
         size = each * len(gone) + sum([len(values[key]) for key in gone])
         if gone:
+            deadlines = self._deadlines
+            timed = [key for key in gone if key in deadlines]
+            for key in timed:
+                self._behind = min(self._behind, (deadlines[key], 0))  # first: they are read again from there
             # One step, as it is written in C.
-            remover((values, gone), (self._revisions, gone), (self._created, gone))()
+            remover((values, gone), (self._revisions, gone), (self._created, gone), (deadlines, timed))()
+            if timed:
+                self._wheel.forget_all(timed)  # type: ignore[union-attr]  # there are deadlines
         if size < wanted and self._hand >= 0:
             self._enqueue(Envelope(Shed(wanted - size), self._dispatcher.reply()))
             self.is_shedding = True
@@ -464,12 +512,13 @@ class KeyedScope(LocalScope):
         assert values is not None  # within a turn
         if self._hand < 0:
             self._kept, self._recent, self._hand = self._recent, {}, 0
-        kept, recent = self._kept, self._recent
+        kept, recent, soon_ms = self._kept, self._recent, self._around.clock.now_ms() + _SOON_MS
         looked_at = list(islice(values, self._hand, self._hand + _GONE_AT_ONCE))
         gone = [
             key
             for key in looked_at
-            if not (key in kept or key in recent or key in dirty or key in unsaved or key in deadlines)
+            if not (key in kept or key in recent or key in dirty or key in unsaved)
+            and deadlines.get(key, NEVER) > soon_ms
         ]
         self._hand = self._hand + len(looked_at) - len(gone) if len(looked_at) == _GONE_AT_ONCE else -1
         return gone
@@ -553,6 +602,6 @@ class KeyedScope(LocalScope):
 
     def _forget(self) -> None:
         super()._forget()
-        self._unsaved = _NOTHING
+        self._unsaved, self._behind = _NOTHING, _ALL
         self._count_anew()
         self._recent, self._kept, self._hand = {}, {}, -1

@@ -14,7 +14,7 @@ from scopestate.actors.view import WithDeadlines
 from scopestate.actors.wheel import Wheel
 from scopestate.ops.ranges import Count, DeleteRange, Entries, Keys, Pairs, ReadPage, State, Values
 from scopestate.ops.turns import Entry, Items, List, Range, Turn
-from scopestate.ops.writes import Durable, Once
+from scopestate.ops.writes import Durable, Expire, Once
 
 if TYPE_CHECKING:
     from scopestate.actors.scope import Surroundings
@@ -39,6 +39,12 @@ class Part(Protocol):
 
     def bring(self, keys: Iterable[str]) -> int:
         """Read keys that are not in memory. Returns how many those were."""
+
+    def bring_due(self, now_ms: int) -> int:
+        """Read the next deadlines, if those in memory may not be the first. All up to the returned time are there."""
+
+    def drop_deadlines(self, keys: Iterable[str]) -> None:
+        """Drop the deadlines of keys that do not exist."""
 
     def changed(self) -> dict[str, None]:
         """Return the keys that may differ from the store, deleted ones too."""
@@ -66,6 +72,8 @@ def keys_read(turn: Turn[Any]) -> int:
     """Return the cost of a turn without given keys, as a number of keys to read."""
     while isinstance(turn, (Once, Durable)):
         turn = turn.turn
+    if isinstance(turn, Expire):
+        return 0  # it would cost as much if the whole scope were in memory
     return _LIKE_A_COUNT if isinstance(turn, Count) else _LIKE_A_PAGE
 
 
@@ -123,6 +131,15 @@ class Keyed(WithDeadlines):
         if key not in self._values:
             self._scope.bring((key,))
         return super().lapsed(key)
+
+    def due(self, limit: int) -> Sequence[str]:
+        """Return keys that have expired and are still stored, by deadline. Reads them into memory."""
+        complete_ms = self._scope.bring_due(self.now_ms)
+        found = [key for key in super().due(limit) if self._deadlines[key] <= complete_ms]
+        self._scope.bring(found)
+        if gone := [key for key in found if key not in self._values]:
+            self._scope.drop_deadlines(gone)
+        return found
 
     def _is_over(self, row: Row) -> bool:
         return row.expires_ms is not None and row.expires_ms <= self.now_ms
@@ -221,6 +238,13 @@ class Changes:
         """Nothing is read into copies."""
         del keys
         return 0
+
+    def bring_due(self, now_ms: int) -> int:
+        """Nothing expires in copies."""
+        return now_ms
+
+    def drop_deadlines(self, keys: Iterable[str]) -> None:
+        """Nothing expires in copies."""
 
     def changed(self) -> dict[str, None]:
         """Return a copy of the keys."""

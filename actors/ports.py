@@ -107,6 +107,8 @@ class ScopeState(msgspec.Struct):
     """
     answers: dict[str, Answer] = {}
     """idempotency key -> answer, the oldest first. May include answers older than `ANSWERS_KEPT_MS`."""
+    due_ms: int | None = None
+    """Of a state without its keys: no key has a deadline before this time. None: no key has one."""
 
     @classmethod
     def of(cls, rows: dict[str, Row], revision: int = 0, answers: dict[str, Answer] | None = None) -> ScopeState:
@@ -200,6 +202,13 @@ class StoredKeys(ABC):
     @abstractmethod
     def each(self, scope: str, take: Callable[[str, Row], object]) -> None:
         """Call `take` for each key, in the order of creation; also for those that have expired."""
+
+    @abstractmethod
+    def due(self, scope: str, after: tuple[int, int], most: int) -> list[tuple[int, int, str]]:
+        """Return the next keys with deadlines: (deadline, number of the write that created the key, key), in order.
+
+        Those behind `after`, a deadline and such a number, and at most `most`.
+        """
 
 
 class Store(ABC):

@@ -14,6 +14,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import islice
 from operator import itemgetter
 from types import NoneType
 from typing import Any, Final
@@ -40,9 +41,9 @@ _ARE_MADE: Final = "SELECT count(*) FROM sqlite_master WHERE name IN ('state_key
 _MORE: Final = (
     "SELECT 1 FROM scopes CROSS JOIN extents ON extents.scope = scopes.number CROSS JOIN state"  # noqa: S608 - constants
     f" ON state.id BETWEEN extents.extent << {EXTENT_BITS} AND (extents.extent << {EXTENT_BITS}) + {EXTENT_MASK}"
-    " WHERE scopes.scope = :scope AND scopes.due IS NULL LIMIT 1 OFFSET :most"
+    " WHERE scopes.scope = :scope LIMIT 1 OFFSET :most"
 )
-"""Returns a row if a scope has more than `most` keys, and none of them has a deadline."""
+"""Returns a row if a scope has more than `most` keys."""
 _EXTENTS: Final = (
     "SELECT high, extent FROM scopes CROSS JOIN extents ON extents.scope = scopes.number"
     " WHERE scopes.scope = ? ORDER BY high"
@@ -61,6 +62,10 @@ _COUNTED: Final = {
     f" AND key IN ({','.join('?' * count)}) AND (expires IS NULL OR expires > ?)"
     for count in _ASKED
 }
+_DUE: Final = (
+    f"SELECT expires, id & {EXTENT_MASK}, CAST(key AS BLOB) FROM state INDEXED BY state_expires"  # noqa: S608 - constants
+    f" WHERE id >> {EXTENT_BITS} = ? AND expires"
+)
 _PAGE_KEYS: Final = 1000
 _RETRY_S: Final = 60.0
 """After a failure to make the indices: it may have taken seconds."""
@@ -221,11 +226,45 @@ class SavedKeys(StoredKeys):
 
         self._read(f"read scope {scope!r}", read)
 
+    def due(self, scope: str, after: tuple[int, int], most: int) -> list[tuple[int, int, str]]:
+        """Return the next keys with deadlines, in the order of their deadlines and of their creation."""
+
+        def read(connection: sqlite3.Connection) -> list[tuple[int, int, str]]:
+            with _one_moment(connection):
+                parts = [_due(connection, scope, high, extent, after) for high, extent in _extents(connection, scope)]
+                return list(islice(heapq.merge(*parts), most))
+
+        return self._read(f"read the deadlines of scope {scope!r}", read)
+
 
 def _without_keys(connection: sqlite3.Connection, scope: str) -> ScopeState:
     with _one_moment(connection):
         revision = revision_of(connection, scope)
-        return ScopeState({}, {}, {}, {}, revision, read_answers(connection, scope))
+        ((due_ms,),) = connection.execute("SELECT due FROM scopes WHERE scope = ?", (scope,)).fetchall()
+        return ScopeState({}, {}, {}, {}, revision, read_answers(connection, scope), due_ms)
+
+
+def _due(
+    connection: sqlite3.Connection, scope: str, high: int, extent: int, after: tuple[int, int]
+) -> Iterator[tuple[int, int, str]]:
+    """Yield the keys of one extent that have deadlines behind `after`."""
+    ms, created = after
+    first = extent << EXTENT_BITS
+    if high < created >> EXTENT_BITS:
+        last = first | EXTENT_MASK  # all of them were created before
+    elif high == created >> EXTENT_BITS:
+        last = first | created & EXTENT_MASK
+    else:
+        last = first - 1
+    for text, parameters in (
+        (f"{_DUE} = ? AND id > ? ORDER BY id", (extent, ms, last)),
+        (f"{_DUE} > ? ORDER BY expires, id", (extent, ms)),
+    ):
+        for expires_ms, low, key in connection.execute(text, parameters):
+            name = utf8(key).decode()
+            if type(expires_ms) is not int:
+                raise no_number(scope, name)
+            yield expires_ms, high << EXTENT_BITS | low, name
 
 
 @contextmanager

@@ -186,17 +186,20 @@ def test_a_reader_that_comes_past_the_turn_misses_no_key(open_engine: Open) -> N
     assert engine.get("s", "k001") == 1
 
 
-def test_keys_with_deadlines_stay(open_engine: Open) -> None:
+def test_keys_with_deadlines_leave_unless_they_expire_soon(open_engine: Open) -> None:
     engine = open_engine(0)
     fill(engine)
-    engine.set("s", "timed", 1, ttl=3600)
+    engine.set("s", "soon", 1, ttl=50)
+    engine.set("s", "later", 1, ttl=3600)
     engine.flush()
 
     shed(engine)
 
-    assert list(scope_of(engine)._values or ()) == ["timed"]
-    assert (engine.ttl("s", "timed") or 0) > 3000
-    assert engine.scope("s").count() == COUNT + 1
+    actor = scope_of(engine)
+    assert list(actor._values or ()) == list(actor._deadlines) == ["soon"]
+    assert len(actor._wheel or ()) == 1
+    assert (engine.ttl("s", "later") or 0) > 3000
+    assert engine.scope("s").count() == COUNT + 2
 
 
 def test_the_tables_shrink_with_the_keys(open_engine: Open) -> None:
