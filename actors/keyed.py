@@ -319,7 +319,8 @@ class KeyedScope(LocalScope):
             self._wheel.forget_all(gone)
 
     def next_due(self) -> int:
-        return min(super().next_due(), self._behind[0])
+        behind_ms = self._behind[0]  # first: what is read from the store moves from here into the wheel
+        return min(behind_ms, super().next_due())
 
     def changed(self) -> dict[str, None]:
         """Return the keys that may differ from the store, deleted ones too. Within a turn."""
@@ -467,6 +468,7 @@ class KeyedScope(LocalScope):
             remover((values, gone), (self._revisions, gone), (self._created, gone), (deadlines, timed))()
             if timed:
                 self._wheel.forget_all(timed)  # type: ignore[union-attr]  # there are deadlines
+                self._expect()  # another thread may have looked at the wheel in between
         if size < wanted and self._hand >= 0:
             self._enqueue(Envelope(Shed(wanted - size), self._dispatcher.reply()))
             self.is_shedding = True

@@ -35,7 +35,7 @@ class Wheel:
     Thread rules: only the thread that runs the scope's turn calls it; `next_due` may be called from any thread.
     """
 
-    __slots__ = ("_deadlines", "_slots", "_starts", "_where")
+    __slots__ = ("_deadlines", "_looked_at_ms", "_looks", "_slots", "_starts", "_where")
 
     def __init__(self, deadlines: Mapping[str, int]) -> None:
         """`deadlines`: key -> milliseconds since the epoch; kept, and read at each check."""
@@ -46,6 +46,10 @@ class Wheel:
         """(first millisecond, minus the number of bits of its width) -> its keys."""
         self._starts: list[tuple[int, int]] = []
         """A heap of the names of the slots; of two that begin together, the wider one comes first."""
+        self._looked_at_ms = NEVER
+        """While `due` has taken names off the heap: the first of them."""
+        self._looks = 0
+        """How many calls of `due` have put their names back."""
 
     def __len__(self) -> int:
         """The number of keys that will be checked."""
@@ -53,10 +57,18 @@ class Wheel:
 
     def next_due(self) -> int:
         """Return when to check next: the first deadline, or earlier. NEVER if no key has one."""
-        try:
-            return self._starts[0][0] if self._deadlines else NEVER
-        except IndexError:
+        if not self._deadlines:
             return NEVER
+        while True:
+            looks = self._looks
+            try:
+                first_ms = self._starts[0][0]
+            except IndexError:
+                first_ms = NEVER
+            looked_at_ms = self._looked_at_ms  # after the heap: it is set before a name leaves the heap
+            if self._looks == looks:
+                return min(first_ms, looked_at_ms)
+            # A look has ended in between: the heap may have been read during the look, and the rest after it.
 
     # --------------------------------------------------------------------------------------------------- placing
 
@@ -139,6 +151,7 @@ class Wheel:
         passed: list[tuple[int, int]] = []
         left = limit * _MOVED + 64
         starts, slots = self._starts, self._slots
+        self._looked_at_ms = starts[0][0] if starts else NEVER
         try:
             while len(found) < limit and left > 0 and starts and starts[0][0] <= now_ms:
                 name = starts[0]
@@ -187,3 +200,5 @@ class Wheel:
     def _push(self, names: list[tuple[int, int]]) -> None:
         for name in names:
             heapq.heappush(self._starts, name)
+        self._looks += 1
+        self._looked_at_ms = NEVER

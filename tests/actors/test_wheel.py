@@ -87,6 +87,24 @@ def test_what_is_due_is_found_by_its_deadline_and_nothing_earlier(seed: int) -> 
     assert (len(scope.wheel), scope.wheel.next_due()) == (0, NEVER)
 
 
+def test_other_threads_see_what_is_due_during_a_look() -> None:
+    """A look takes names off the heap, and puts them back at its end."""
+    seen: list[int] = []
+
+    class Seen(Wheel):
+        def _push(self, names: list[tuple[int, int]]) -> None:
+            seen.append(self.next_due())
+            super()._push(names)
+
+    deadlines = {"a": 10, "b": 20}
+    wheel = Seen(deadlines)
+    wheel.fill(0)
+
+    assert wheel.due(30, 5) == ["a", "b"]
+    assert seen == [10]
+    assert wheel.next_due() == 10
+
+
 def test_a_key_that_was_not_removed_is_found_again() -> None:
     scope = Scope()
     for number in range(10):
