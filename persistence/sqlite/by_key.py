@@ -25,7 +25,7 @@ from scopestate.actors.ports import Row, ScopeState, StoredKeys
 from scopestate.errors import StorageError, StoreCorrupt
 from scopestate.ops.turns import Range
 from scopestate.persistence.sqlite.answers import read_answers
-from scopestate.persistence.sqlite.database import primary_code
+from scopestate.persistence.sqlite.database import primary_code, writing
 from scopestate.persistence.sqlite.journal import Run
 from scopestate.persistence.sqlite.rows import decoded, no_number, read_pages, revision_of, utf8
 from scopestate.persistence.sqlite.schema import EXTENT_BITS, EXTENT_MASK
@@ -80,15 +80,9 @@ def make_indices(connection: sqlite3.Connection) -> None:
     """Create the indices, in one transaction. Takes about a second for a million keys."""
     # On the disk: in memory, sorting the keys would take as much memory as they do.
     connection.execute("PRAGMA temp_store = FILE")
-    connection.execute("BEGIN IMMEDIATE")
-    try:
+    with writing(connection):
         for statement in _MADE:
             connection.execute(statement)
-        connection.execute("COMMIT")
-    except BaseException:
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
-        raise
 
 
 class SavedKeys(StoredKeys):

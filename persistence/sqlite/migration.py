@@ -18,7 +18,7 @@ import sqlite3
 from typing import Final
 
 from scopestate.errors import StoreCorrupt
-from scopestate.persistence.sqlite.database import Connect, connect, database_uri, is_corruption
+from scopestate.persistence.sqlite.database import Connect, connect, database_uri, is_corruption, writing
 from scopestate.persistence.sqlite.files import create_private, sync_directory
 from scopestate.persistence.sqlite.schema import (
     EXTENT_BITS,
@@ -153,14 +153,8 @@ def upgrade(connection: sqlite3.Connection, path: str) -> None:
     """Migrate a database of version 2 to the present version, in one transaction; others stay unchanged."""
     if version_of(connection, path) != 2:
         return
-    connection.execute("BEGIN IMMEDIATE")
-    try:
+    with writing(connection):
         if version_of(connection, path) == 2:
             for statement in _UPGRADE.split(";"):
                 connection.execute(statement)
-        connection.execute("COMMIT")
-    except BaseException:
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
-        raise
     log.info("migrated the store %r to a new version", path)

@@ -12,6 +12,7 @@ from uuid import uuid4
 
 from scopestate.actors.journal import EPOCH_STEP
 from scopestate.errors import StoreUnusable
+from scopestate.persistence.sqlite.database import writing
 
 APPLICATION_ID: Final = 0x73636F70
 """`scop` in ASCII, at offset 68 of the file: shown by `file state.db`, and how a store of ours is recognised."""
@@ -222,15 +223,9 @@ def create_if_empty(connection: sqlite3.Connection, path: str) -> None:
     if version_of(connection, path):
         return
     # The transaction takes the write lock before the decision: two processes may be creating the file at once.
-    connection.execute("BEGIN IMMEDIATE")
-    try:
+    with writing(connection):
         if not version_of(connection, path):
             create_tables(connection)
-        connection.execute("COMMIT")
-    except BaseException:
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
-        raise
 
 
 class Session(NamedTuple):
