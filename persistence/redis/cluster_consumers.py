@@ -206,29 +206,6 @@ class ClusterConsumers(Keeper):
     def _letters_in(self, name: str, slot: int, base: int, rows: Sequence[Any]) -> Iterable[DeadLetter]:
         return letters_of(name, rows, lambda number: position_of(base, number, slot))
 
-    def replay(self, consumer: str | None, ids: Sequence[str] | None, *, reset: bool) -> int:
-        count = self._change_letters(consumer, ids, lambda names, numbers: names.replay(numbers, reset=reset))
-        if count:
-            self.registry.changed()
-            self.note_arrivals()
-        return count
-
-    def purge(self, consumer: str | None, ids: Sequence[str] | None, *, before_ms: int | None) -> int:
-        def step(names: Names, numbers: Sequence[int] | None) -> tuple[Any, ...]:
-            if numbers is None and before_ms is not None:
-                return names.purge_before(before_ms)
-            return names.purge(numbers)
-
-        count = self._change_letters(consumer, ids, step)
-        if count:
-            self.registry.changed()  # it may have blocked others
-            self.note_arrivals()
-        return count
-
-    def count(self, consumer: str | None) -> int:
-        found = [self.status(name) for name in (self.names() if consumer is None else [consumer])]
-        return sum(status.dead for status in found if status is not None)
-
     def _change_letters(
         self,
         consumer: str | None,
@@ -258,6 +235,9 @@ class ClusterConsumers(Keeper):
                 for (part, numbers), changed in zip(parts.items(), done, strict=True)
                 if numbers is None and changed >= PAGE
             }
+        if count:
+            self.registry.changed()  # it may have blocked others
+            self.note_arrivals()
         return count
 
     def _bases(self, slots: Sequence[int] | None = None) -> dict[int, int]:

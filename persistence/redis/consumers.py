@@ -117,24 +117,6 @@ class RedisConsumers(Keeper):
         found = [letter for letter in letters_of(name, rows, base.__add__) if letter.id == letter_id]
         return found[0] if found else None
 
-    def replay(self, consumer: str | None, ids: Sequence[str] | None, *, reset: bool) -> int:
-        def step(names: Names, numbers: Sequence[int] | None) -> tuple[Any, ...]:
-            return names.replay(numbers, reset=reset)
-
-        return self._change_letters(consumer, ids, step)
-
-    def purge(self, consumer: str | None, ids: Sequence[str] | None, *, before_ms: int | None) -> int:
-        def step(names: Names, numbers: Sequence[int] | None) -> tuple[Any, ...]:
-            if numbers is None and before_ms is not None:
-                return names.purge_before(before_ms)
-            return names.purge(numbers)
-
-        return self._change_letters(consumer, ids, step)
-
-    def count(self, consumer: str | None) -> int:
-        found = [self.status(name) for name in (self.names() if consumer is None else [consumer])]
-        return sum(status.dead for status in found if status is not None)
-
     def _change_letters(
         self,
         consumer: str | None,

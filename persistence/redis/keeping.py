@@ -6,12 +6,13 @@ import logging
 import threading
 import time
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 from scopestate.actors.consuming import ConsumerPort, Consumers
 from scopestate.errors import StorageError
+from scopestate.persistence.redis.consuming import Names
 from scopestate.signals import Guard, exclusive, join
 
 log = logging.getLogger("scopestate.persistence.redis")
@@ -179,6 +180,32 @@ class Keeper(Consumers):
     def states(self) -> list[tuple[str, str | None]]:
         """Return the consumers that this engine takes events from: other engines take care of the rest."""
         return [(port.name, port.paused()) for port in list(self._ports) if not port.stopping]
+
+    # --------------------------------------------------------------------------------------------------- dead letters
+
+    def replay(self, consumer: str | None, ids: Sequence[str] | None, *, reset: bool) -> int:
+        return self._change_letters(consumer, ids, lambda names, numbers: names.replay(numbers, reset=reset))
+
+    def purge(self, consumer: str | None, ids: Sequence[str] | None, *, before_ms: int | None) -> int:
+        def step(names: Names, numbers: Sequence[int] | None) -> tuple[Any, ...]:
+            if numbers is None and before_ms is not None:
+                return names.purge_before(before_ms)
+            return names.purge(numbers)
+
+        return self._change_letters(consumer, ids, step)
+
+    def count(self, consumer: str | None) -> int:
+        found = [self.status(name) for name in (self.names() if consumer is None else [consumer])]
+        return sum(status.dead for status in found if status is not None)
+
+    @abstractmethod
+    def _change_letters(
+        self,
+        consumer: str | None,
+        ids: Sequence[str] | None,
+        step: Callable[[Names, Sequence[int] | None], tuple[Any, ...]],
+    ) -> int:
+        """Run a step of `Names` for these letters; None: for all. Return how many have changed."""
 
     # ------------------------------------------------------------------------------------------- the keeper's thread
 
