@@ -119,7 +119,7 @@ class Closing:
             return
         parts.router.feed.number()
         deadline = parts.dispatcher.monotonic() + CATCH_UP_S
-        while parts.polls_behind() and parts.dispatcher.monotonic() < deadline:
+        while parts.polls_behind(CATCH_UP_S) and parts.dispatcher.monotonic() < deadline:
             self._pause(0.002)
 
     def _deliver_while_shared(self, sharing: Sharing, grace_s: float) -> None:

@@ -119,7 +119,7 @@ class Parts:
         self.residence = Residence(self.dispatcher, self.directory, self.limits, self.snapshot)
         self._exclusive = Guard()
         self._ends = False
-        self.polls_behind: Callable[[], bool] = lambda: False
+        self.polls_behind: Callable[[float], bool] = lambda active_s: False
         """Tells whether a poll would find changes; set by the engine, as the next two."""
         self.hold: Callable[[], object] = lambda: None
         """Called when the engine has got another backend."""

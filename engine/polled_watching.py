@@ -233,9 +233,8 @@ class Polled(_Watch):
             asked = self._asked(longest_ms)
             self._remote.poll(asked, partial(self._polled, self._round))
         except EngineClosed:
-            self._watcher.ending = True
             self._polling = False
-            self._watcher.wake()
+            self._end_with_engine()
             self._end_looks()
         except BaseException:
             self._polling = False
@@ -254,10 +253,11 @@ class Polled(_Watch):
                 error = problem
         self._polling = False
         self._end_looks()
-        if isinstance(error, _AWAY):
+        if isinstance(error, EngineClosed):  # of this engine, which has taken over the scopes
+            self._end_with_engine()
+        elif isinstance(error, _AWAY):
             if self._engine.closed:
-                self._watcher.ending = True
-                self._watcher.wake()
+                self._end_with_engine()
             else:
                 self._engine._parts.dispatcher.call_later(AGAIN_S, again)
         elif self._begins_anew(error):
@@ -268,6 +268,11 @@ class Polled(_Watch):
             self._watcher.wake()
         else:
             again()
+
+    def _end_with_engine(self) -> None:
+        """End the watch after the changes that wait, as the engine has closed."""
+        self._watcher.ending = True
+        self._watcher.wake()
 
     def _begins_anew(self, error: ScopestateError | None) -> bool:
         """Return whether to begin again with a snapshot: the changes, or the rest of a snapshot, are gone."""

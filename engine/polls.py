@@ -48,8 +48,6 @@ KEPT_FOR_A_FOLLOWER: Final = 1_000
 """As KEPT, for a follower, which polls for each of its watches. A closed watch is kept until its time is over."""
 KEPT_S: Final = 60.0
 """Seconds for which a watch is kept."""
-ACTIVE_S: Final = 0.25
-"""A caller whose poll ended less than this many seconds ago is expected to poll again at once."""
 SOONEST_S: Final = 1.0
 """The shortest pause between two looks for watches whose time is over."""
 MOST_POLLS: Final = 64
@@ -83,6 +81,21 @@ class _Watched:
     def is_behind(self) -> bool:
         """Return whether something can be read at once."""
         return self.ahead is not None or self.watch.has_ready
+
+
+class _UnderWay:
+    """A poll in progress."""
+
+    __slots__ = ("caller", "watched")
+
+    def __init__(self, caller: Caller) -> None:
+        self.caller = caller
+        self.watched: _Watched | None = None
+        """None until it is open."""
+
+    def is_behind(self) -> bool:
+        """Return whether there may be something that can be read at once."""
+        return self.watched is None or self.watched.is_behind()
 
 
 class _Open(NamedTuple):
@@ -133,10 +146,9 @@ class Polls:
         self._polling: Counter[Caller] = Counter()
         self._armed = False
         """True if a look at the kept watches is scheduled, for when the time of one is over."""
-        self._open_now: dict[_Watched, None] = {}
-        """The watches of polls in progress."""
-        self._cut: dict[Caller, float] = {}
-        """Callers whose last answer was not complete -> when it was made."""
+        self._under_way: dict[_UnderWay, None] = {}
+        self._cut: dict[tuple[Caller, tuple[Any, ...]], float] = {}
+        """Caller, and the filter of a watch that has missed changes, which its next poll reads -> when it ended."""
         self._snapshots: Counter[Hashable] = Counter()
         """Share -> number of snapshots that its polls are reading."""
 
@@ -232,17 +244,25 @@ class Polls:
                 except TimeoutError:
                     return None
 
-    def are_behind(self) -> bool:
-        """Return whether a follower that keeps polling has not got every change yet. From any thread."""
-        soon_s = self._engine._parts.dispatcher.monotonic() - ACTIVE_S
+    def are_behind(self, active_s: float) -> bool:
+        """Return whether a follower that keeps polling has not got every change yet. From any thread.
+
+        It keeps polling if its last poll was answered less than `active_s` seconds ago: from then until its next poll,
+        it handles what it was sent.
+        """
+        soon_s = self._engine._parts.dispatcher.monotonic() - active_s
         if any(cut_s > soon_s for cut_s in list(self._cut.values())):
             return True
-        kept = [watched for watched in list(self._kept.values()) if watched.until_s > soon_s + KEPT_S]
-        return any(watched.is_behind() for watched in (*kept, *list(self._open_now)) if not watched.caller.limited)
+        # In this order: after a poll, its watch is kept before it is no longer under way.
+        under_way, kept = list(self._under_way), list(self._kept.values())
+        return any(poll.is_behind() for poll in under_way if not poll.caller.limited) or any(
+            watched.is_behind() for watched in kept if watched.until_s > soon_s + KEPT_S and not watched.caller.limited
+        )
 
     def forget(self, caller: Caller) -> None:
         """End the watches that are kept for a caller that is gone."""
-        self._cut.pop(caller, None)
+        for cut in [cut for cut in list(self._cut) if cut[0] is caller]:
+            self._cut.pop(cut, None)
         for kept in self._exclusive.run(self._pop, lambda one: one.caller is caller):
             self._end(kept)
 
@@ -259,36 +279,42 @@ class Polls:
         return self._counted(poll, caller, readable)
 
     def _counted(self, poll: Poll, caller: Caller, readable: Callable[[str], bool]) -> _Steps:
-        self._exclusive.run(self._enter, caller)
+        under_way = _UnderWay(caller)
+        self._exclusive.run(self._enter, under_way)
         try:
-            return (yield from self._poll(poll, caller, readable))
+            return (yield from self._poll(poll, under_way, readable))
         finally:
-            self._exclusive.run(self._leave, caller)
+            self._exclusive.run(self._leave, under_way)
 
-    def _enter(self, caller: Caller) -> None:
+    def _enter(self, under_way: _UnderWay) -> None:
+        caller = under_way.caller
         if self._polling[caller] >= MOST_POLLS and caller.limited:
             raise Overloaded(f"{MOST_POLLS} polls of this caller are in progress; wait for some of them")
         self._polling[caller] += 1
+        self._under_way[under_way] = None
 
-    def _leave(self, caller: Caller) -> None:
+    def _leave(self, under_way: _UnderWay) -> None:
+        caller = under_way.caller
+        del self._under_way[under_way]
         self._polling[caller] -= 1
         if not self._polling[caller]:
             del self._polling[caller]
 
-    def _poll(self, poll: Poll, caller: Caller, readable: Callable[[str], bool]) -> _Steps:
+    def _poll(self, poll: Poll, under_way: _UnderWay, readable: Callable[[str], bool]) -> _Steps:
+        caller = under_way.caller
         now_s = self._engine._parts.dispatcher.monotonic
         deadline_s = now_s() + poll.wait_ms / 1000
         if poll.settled:
             yield _Entered()
             if self._engine._snapshot.has_open_commits():
                 yield _Settled()
-        self._cut.pop(caller, None)
         watched = self._take(poll, caller)
         kept = watched is not None
         if watched is None:
             watched = yield from self._open(poll, caller)
         answer = _Answer(poll, readable)
-        self._open_now[watched] = None
+        under_way.watched = watched
+        self._cut.pop((caller, watched.asked), None)
         try:
             if kept and self._engine._router.feed.incoming:
                 yield _Entered()
@@ -303,7 +329,7 @@ class Polls:
                         # The changes that it has missed are in the ring or in the journal.
                         answer.more = True
                         if not caller.limited:
-                            self._cut[caller] = now_s()
+                            self._note_cut(watched)
                         return self._finish(watched, answer, kept=False)
                     except EngineClosed:
                         if not answer.changes and (caller.limited or not self._engine._router.feed.ended):
@@ -317,9 +343,13 @@ class Polls:
         except BaseException:
             self._end(watched)
             raise
-        finally:
-            self._open_now.pop(watched, None)
         return self._finish(watched, answer, kept=not poll.once)
+
+    def _note_cut(self, watched: _Watched) -> None:
+        now_s = self._engine._parts.dispatcher.monotonic()
+        for cut in [cut for cut, cut_s in list(self._cut.items()) if cut_s < now_s - KEPT_S]:
+            self._cut.pop(cut, None)
+        self._cut[watched.caller, watched.asked] = now_s
 
     def _open(self, poll: Poll, caller: Caller) -> Generator[_Step, Any, _Watched]:
         cursor = poll.cursor

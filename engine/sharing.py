@@ -147,8 +147,6 @@ class Sharing:
         self._watching: threading.Thread | None = None
         self._lost: Inbox[None] = Inbox()
         """Wakes the thread of a follower when the connection to the owner may be lost, or when the engine closes."""
-        self._orderly = False
-        """Whether the owner has said goodbye on the last connection."""
         self._reason = ""
         """Why there is no connection."""
         self._ends = False
@@ -344,12 +342,9 @@ class Sharing:
             raise NotConnected(problem)
         return find(self.directory)
 
-    def _note_lost(self, reason: str, goodbye: bool) -> None:
-        follower = self._follower
-        if goodbye:
-            self._orderly = True
+    def _note_lost(self, reason: str) -> None:
         self._reason = reason
-        if follower is not None:
+        if self._follower is not None:
             self._lost.put(None)
 
     def _describe_owner(self) -> str:
@@ -395,7 +390,6 @@ class Sharing:
 
     def _note_owner(self, began: float, told: bool) -> None:
         """Log that there is a connection again."""
-        self._orderly = False
         log.log(
             logging.WARNING if told else logging.INFO,
             "%s: connected again after %.0f ms; %s",
@@ -449,12 +443,13 @@ class Sharing:
             self._problem = f"this engine cannot own it: {error}"
             return False
         self._problem, self._role, self._taken_over, self._follower = "", "owner", True, None
+        closed = self._store is not None and self._store.follows_close
         log.log(
-            logging.INFO if self._orderly else logging.WARNING,
+            logging.INFO if closed else logging.WARNING,
             "%s: this process owns it now, after %.0f ms; the previous owner %s",
             self.directory,
             1000 * (time.monotonic() - lost_at),
-            "ended normally" if self._orderly else "was killed, or failed",
+            "ended normally" if closed else "was killed, or failed",
         )
         self._serve()
         return True

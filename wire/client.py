@@ -61,7 +61,7 @@ class Client:
         options: ClientOptions | None = None,
         *,
         on_change: Callable[[bool, str], object] | None = None,
-        on_lost: Callable[[str, bool], object] | None = None,
+        on_lost: Callable[[str], object] | None = None,
         on_trigger_refused: Callable[[ScopestateError], object] | None = None,
         describe: Callable[[], str] | None = None,
     ) -> None:
@@ -70,8 +70,7 @@ class Client:
         It may raise NotConnected, which says why there is nothing to connect to.
 
         `on_change(connected, reason)` is called when the connection is made, lost, or fails the first time;
-        `on_lost(reason, goodbye)` each time that a connection ends, or cannot be made. `goodbye`: the server closed it
-        in order, and had answered every call that it had begun.
+        `on_lost(reason)` each time that a connection ends, or cannot be made.
 
         `on_trigger_refused(error)` is called when the server refuses a trigger. `describe()` says more about the server
         in the error of a call that it does not answer. Raises ConfigError if the address or the options are invalid.
@@ -88,7 +87,7 @@ class Client:
             self._find = address
             self.url = "the other engine"
         self.options = options or ClientOptions()
-        self._on_lost = on_lost or (lambda reason, goodbye: None)
+        self._on_lost = on_lost or (lambda reason: None)
         self._describe = describe
         self._on_change = on_change or (lambda connected, reason: None)
         self._on_trigger_refused = on_trigger_refused or (lambda error: None)
@@ -303,7 +302,7 @@ class Client:
             if not options.insist and not self.connections:
                 self._refused = True
             self._change(reason)
-            self._on_lost(reason, self._is_goodbye)
+            self._on_lost(reason)
             if self._refused:
                 self._pending().fail_unsent(self._not_connected)
                 if not options.insist and not self.connections:

@@ -95,15 +95,15 @@ class BridgeBackend(Backend):
         options: BridgeOptions,
         find: Callable[[], Address] | None = None,
         *,
-        on_lost: Callable[[str, bool], object] | None = None,
+        on_lost: Callable[[str], object] | None = None,
         describe: Callable[[], str] | None = None,
     ) -> None:
         """`find()` returns where the other engine is, at each attempt to connect; it replaces the options.
 
         It may raise NotConnected, which says why there is nothing to connect to; it is called on several threads.
-        `on_lost(reason, goodbye)` is called each time that a connection has ended or cannot be made, on the loop's
-        thread; `goodbye`: the other engine has ended it with a goodbye. `describe()` says more about that engine in the
-        error of a call that it does not answer. Raises ConfigError: address, token, TLS file.
+        `on_lost(reason)` is called each time that a connection has ended or cannot be made, on the loop's thread.
+        `describe()` says more about that engine in the error of a call that it does not answer. Raises ConfigError:
+        address, token, TLS file.
         """
         self._address: Final = Address(
             options.bridge_url,

@@ -124,6 +124,8 @@ class FileAdapter(Store):
         )
         self._rows = Writer(session.epoch)
         self.id, self.clock_ms = session.store_id, session.clock_ms
+        self.follows_close = session.follows_close
+        """Whether the store was closed before this opening, not left by a process that was killed or failed."""
         self.journal: SavedJournal = SavedJournal(
             self._read, self._transact, lambda: self.clock_ms, self.directory, session
         )

@@ -236,6 +236,8 @@ class Session(NamedTuple):
     """Epoch -> the position up to which it has saved everything. The last one is that of the session."""
     clock_ms: int
     """The time of the last save before it, in milliseconds since the epoch."""
+    follows_close: bool
+    """Whether the session before it was closed, or there was none; False: that process was killed, or failed."""
 
     @property
     def epoch(self) -> int:
@@ -266,7 +268,7 @@ def begin_session(connection: sqlite3.Connection, *, lost: bool) -> Session:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         raise
-    return Session(store_id, epochs, clock_ms)
+    return Session(store_id, epochs, clock_ms, bool(clean) and not lost)
 
 
 def end_session(connection: sqlite3.Connection, clock_ms: int, settled: int) -> None:

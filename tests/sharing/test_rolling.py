@@ -6,12 +6,14 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 import pytest
 from processes import PATIENCE_S, role_of, wait_until
 
 from scopestate import DeliveryFailure, Engine, ScopestateError, closing
+from scopestate.persistence.bridge.backend import BridgeBackend
 
 Open = Callable[..., Engine]
 
@@ -115,6 +117,40 @@ def test_an_owner_that_closes_tells_its_followers_everything_first(
     owner.close()  # at once: the other has not had all of it
 
     wait_until(lambda: len(worker.told) >= len(many) and len(worker.seen) >= len(many), f"{len(worker.told)}")
+    worker.close()
+    assert worker.told == worker.seen == many
+    assert failures == []
+
+
+def test_an_owner_that_closes_waits_for_a_follower_that_takes_its_time(
+    open_engine: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "scopestate.sharing")
+    monkeypatch.setattr(closing, "CATCH_UP_S", PATIENCE_S)
+    failures: list[DeliveryFailure] = []
+    owner = open_engine(durability="interval")
+    worker = Worker(open_engine, failures)
+    goes_on = threading.Event()
+    bridge = worker.engine._parts.backend
+    assert isinstance(bridge, BridgeBackend)
+    bridge.on_loop(lambda: goes_on.wait(PATIENCE_S))
+    many = list(range(3_000))
+    for number in many:
+        owner.set("s", "k", number)
+    looks, are_behind = count(), owner._parts.polls_behind
+
+    def look(active_s: float) -> bool:
+        if next(looks) == 250:  # one each 2 ms
+            goes_on.set()
+        return are_behind(active_s)
+
+    monkeypatch.setattr(owner._parts, "polls_behind", look)
+
+    owner.close()
+
+    wait_until(lambda: len(worker.told) >= len(many) and len(worker.seen) >= len(many), f"{len(worker.told)}")
+    assert goes_on.is_set()
+    wait_until(lambda: any("the previous owner ended normally" in record.getMessage() for record in caplog.records))
     worker.close()
     assert worker.told == worker.seen == many
     assert failures == []
