@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from itertools import islice
 from typing import Any, Final
 
+from scopestate.ops.json_formats import format_checker
 from scopestate.ops.value_types import Misfit, ValueType, path_of
 from scopestate.ops.values import class_name, decode, encode
 
@@ -73,13 +74,13 @@ class JsonSchema(ValueType[Any]):
         registry = make(retrieve=retrieve).combine(STANDARD)
         root = _resource(self._document, "")
         registry = registry.with_resource(self._uri, root)
-        _follow(registry, self._uri, frozenset(Draft202012Validator.FORMAT_CHECKER.checkers))
+        checker = format_checker()
+        _follow(registry, self._uri, frozenset(checker.checkers))
         complete = make().combine(STANDARD)
         for uri, document in ((self._uri, self._document), *self._others.items()):
             complete = complete.with_resource(uri, _resource(document, uri))
         # A reference to the schema, not the schema itself, so that references in it are relative to its URI.
         whole = {"$schema": DIALECT, "$ref": root.id() or self._uri}
-        checker = Draft202012Validator.FORMAT_CHECKER
         return Draft202012Validator(whole, registry=complete.crawl(), format_checker=checker), best_match
 
     def encode(self, value: Any) -> bytes:
