@@ -317,7 +317,10 @@ class ConnectionOwner(Pump[T_Item, T_Call, T_Connection]):
         """End overdue calls: the event loop's part of enforcing time limits, which the I/O thread does otherwise."""
         if watch is self._watch and self._claim.setdefault(HOLDER, watch) is watch:
             try:
-                now = self._clock()
+                now, connection = self._clock(), self._connection
+                if self._under_way and connection is not None and connection.readable():
+                    watch.check_later(AGAIN_S, self._check_age)  # as `_is_late`: the answer may have come in time
+                    return
                 self._overdue_at = due = self._end_overdue(now)
                 self._hand_out()
                 if due is not None:

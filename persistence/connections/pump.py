@@ -276,9 +276,10 @@ class Pump(ABC, Generic[T_Item, T_Call, T_Connection]):
                 self._hand_out()
                 if under_way:
                     if not prompt:
-                        self._overdue_at = self._end_overdue(self._clock())
-                        if self.over:
-                            continue
+                        if not self._is_late(connection):
+                            self._overdue_at = self._end_overdue(self._clock())
+                            if self.over:
+                                continue
                         if not self._is_answered(connection, waits=waits):
                             return
                     elif not waits and not connection.readable():
@@ -290,6 +291,14 @@ class Pump(ABC, Generic[T_Item, T_Call, T_Connection]):
                     self._take_answers(connection)
             except Broken as error:
                 self._lose(connection, error)
+
+    def _is_late(self, connection: Any) -> bool:
+        """True if a time limit is over, but there are answers that this thread has not received yet.
+
+        They may have come in time: the machine may have stopped this process, or not let this thread run.
+        """
+        overdue_at = self._overdue_at
+        return overdue_at is not None and overdue_at <= self._clock() and bool(connection.readable())
 
     def _is_answered(self, connection: Any, *, waits: bool) -> bool:
         """True if there is something to receive; with `waits`, wait for it a moment."""
