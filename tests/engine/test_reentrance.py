@@ -43,7 +43,7 @@ def settings(tmp_path: Any = None, durability: str = "interval", **limits: Any) 
     if tmp_path is not None:
         adapter = {"store_method": "file_based", "file_path": str(tmp_path), "durability": durability}
     worker = {"name": "iii-state", "config": {"adapter": {"name": "kv", "config": adapter}}}
-    return from_mapping({"workers": [worker], "limits": {"call_timeout_ms": 5000, **limits}})
+    return from_mapping({"workers": [worker], "limits": {"call_timeout_ms": 50_000, **limits}})
 
 
 def test_a_finalizer_that_writes_while_a_scope_is_being_scheduled_does_not_wait_for_itself() -> None:
@@ -68,7 +68,7 @@ def test_a_finalizer_that_writes_while_a_scope_is_being_scheduled_does_not_wait_
 
         assert len(wrote) == 1
         assert engine.get("s", "k") == 2
-        assert time.monotonic() - began < 4.0
+        assert time.monotonic() - began < 40.0
 
 
 INCREMENT = [{"type": "increment", "path": "", "by": 1}]
@@ -106,7 +106,7 @@ def test_a_finalizer_that_commits_while_a_commit_is_being_asked_for_does_not_wai
         engine.set("other", "k", 2)
 
         assert len(refused) == 1
-        assert time.monotonic() - began < 4.0
+        assert time.monotonic() - began < 40.0
 
 
 def test_a_commit_asked_for_in_the_middle_of_asking_is_asked_for_again(tmp_path: Any) -> None:
@@ -119,7 +119,7 @@ def test_a_commit_asked_for_in_the_middle_of_asking_is_asked_for_again(tmp_path:
         engine._snapshot.commit_anyway()
 
         assert answers == [1]
-        assert time.monotonic() - began < 4.0
+        assert time.monotonic() - began < 40.0
 
 
 def test_code_that_interrupts_the_routers_turn_is_refused_instead_of_waiting_for_room_there() -> None:

@@ -126,8 +126,11 @@ def test_a_reply_that_comes_while_its_caller_gives_up_leaves_the_scope_free(
 def test_close_while_calls_are_under_way_ends_in_time_and_answers_everybody(
     start_server: StartServer, state: str
 ) -> None:
+    """With limits that are longer than any test waits: only `close` can end the calls."""
+    hour_ms = 3_600_000
     server = start_server()
-    engine = open_at(server.url, call_timeout_ms=700, connect_timeout_ms=700, connect_wait_ms=700)
+    limits = {"call_timeout_ms": hour_ms, "close_grace_ms": 200}
+    engine = open_at(server.url, limits, call_timeout_ms=hour_ms, connect_wait_ms=hour_ms)
     for scope in range(8):
         engine.set(f"s{scope}", "k", 0)
     outcomes: list[set[str]] = [set() for _ in range(16)]
@@ -156,13 +159,11 @@ def test_close_while_calls_are_under_way_ends_in_time_and_answers_everybody(
     elif state == "down":
         server.kill()
     until(lambda: any(owner.load() for owner in owners_of(engine)), "no call is under way")
-    began = time.monotonic()
-    engine.close()
-    took_s = time.monotonic() - began
+
+    InThread(engine.close).result()
 
     for thread in threads:
         thread.result()
-    assert took_s < 12 * 0.7, outcomes
     with pytest.raises(EngineClosed):
         engine.set("s", "k", 1)
 
@@ -186,7 +187,7 @@ def test_close_does_not_leave_an_update_in_its_pause(valkey: Server, monkeypatch
 def test_closing_while_many_connections_are_being_made_takes_no_longer_than_one(start_server: StartServer) -> None:
     server = start_server()
     limits = {"close_grace_ms": 100}
-    engine = open_at(server.url, limits, call_timeout_ms=300, connect_timeout_ms=1000, connect_wait_ms=60_000)
+    engine = open_at(server.url, limits, call_timeout_ms=300, connect_timeout_ms=2500, connect_wait_ms=60_000)
     engine.set("s", "k", 0)
     server.pause()
 
@@ -203,7 +204,7 @@ def test_closing_while_many_connections_are_being_made_takes_no_longer_than_one(
     began = time.monotonic()
     engine.close()
 
-    assert time.monotonic() - began < 8  # one after another they would take 14 s
+    assert time.monotonic() - began < 25  # one after another they would take 35 s
     assert {thread.result() for thread in threads} <= {"StorageError", "EngineClosed"}
 
 

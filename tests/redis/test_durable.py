@@ -409,7 +409,7 @@ def test_the_stream_is_bounded_behind_consumers_that_are_up_to_date(valkey: Serv
 
 
 def test_a_full_journal_refuses_writes_by_name_until_the_consumer_goes_on(valkey: Server, engines: Engines) -> None:
-    one = open_one(engines, valkey, journal_events=20, call_timeout_ms=300)
+    one = open_one(engines, valkey, journal_events=20, call_timeout_ms=2000)
     handled = Handled(one, concurrency=1, order="trigger")
     handled.gate.clear()
     with pytest.raises(StorageError, match="journal_events"):

@@ -149,7 +149,7 @@ def test_a_signal_handler_may_call_the_engine(valkey: Server) -> None:
     before = signal.signal(signal.SIGALRM, handle)
     over = threading.Event()
     try:
-        with open_at(valkey.url, {"call_timeout_ms": 3000}) as engine:
+        with open_at(valkey.url, {"call_timeout_ms": 20_000}) as engine:
 
             def write() -> None:
                 while not over.is_set():

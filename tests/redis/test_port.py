@@ -23,8 +23,10 @@ from scopestate.persistence.redis.port import Place, RedisPort
 class Side:
     """One engine: its consumers, and the trigger `t` with what its runtime was told."""
 
-    def __init__(self, server: Server, name: str, **options: Any) -> None:
-        self.options = RedisOptions(redis_url=server.url, events="shared", call_timeout_ms=500, connect_timeout_ms=500)
+    def __init__(self, server: Server, name: str, *, timeout_ms: int = 20_000, **options: Any) -> None:
+        self.options = RedisOptions(
+            redis_url=server.url, events="shared", call_timeout_ms=timeout_ms, connect_timeout_ms=timeout_ms
+        )
         self.backend = RedisBackend(self.options, lambda outcomes: None)
         target = dialling.Server(self.options)
         place = Place(self.backend.shape, target, name, 0.5, lambda: self.backend.published_of(b"").newest)
@@ -268,7 +270,7 @@ def test_a_consumer_that_is_forgotten_while_a_trigger_has_it_begins_with_what_co
 def test_a_server_that_is_gone_is_an_error_and_what_has_ended_is_said_later(
     side: Callable[..., Side], valkey: Server
 ) -> None:
-    one = side("one")
+    one = side("one", timeout_ms=1000)
     one.write("a")
     (held,) = one.port.fetch(100)
     one.begin(held)

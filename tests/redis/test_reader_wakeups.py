@@ -135,7 +135,7 @@ def test_a_server_that_stops_answering_shows_in_health_on_the_first_connection_a
     start_server: StartServer, engines: Engines
 ) -> None:
     server = start_server()
-    engine = engines.open(server, call_timeout_ms=200, connect_timeout_ms=200)
+    engine = engines.open(server, call_timeout_ms=500, connect_timeout_ms=1000)
     seen = Seen(engine)
     for number in range(2):
         server.pause()
@@ -170,7 +170,7 @@ def test_pauses_between_attempts_begin_anew_after_a_connection_that_worked(
     start_server: StartServer, engines: Engines
 ) -> None:
     server = start_server()
-    engine = engines.open(server, connect_timeout_ms=200)
+    engine = engines.open(server)
     seen = Seen(engine)
     backoff = reader_of(engine)._backoff
     unused = vars(backoff).copy()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import redis
-from event_engines import STREAM, Engines
+from event_engines import STREAM, Engines, set_patiently
 from one_server import PATIENCE_S
 from servers import Cluster, Server
 
@@ -222,7 +222,7 @@ def test_a_server_that_is_gone_is_an_error_of_the_call(start_server: Any, engine
             one.watch("s")
     finally:
         server.resume()
-    one.set("s", "k", 1)
+    set_patiently(one, "s", "k", 1)
     with one.watch("s") as changes:
         assert values(changes, 1) == [("k", 1)]
 

@@ -173,7 +173,7 @@ def test_a_key_is_gone_at_its_deadline(users: Scope) -> None:
         began, seen = time.monotonic(), []
         users.set("a", 1, ttl=ttl_s)
         while (entry := users.entry("a")) is not None:
-            assert time.monotonic() - began < ttl_s + 5
+            assert time.monotonic() - began < ttl_s + 20
             seen.append(entry)
         assert time.monotonic() - began >= ttl_s - 0.001
         if seen:

@@ -220,7 +220,10 @@ def test_a_delivery_that_takes_too_long_is_tried_again(engine: Engine, connect: 
     worker.answer(again)
 
     assert again["data"]["_delivery"]["attempt"] == 2
-    eventually(lambda: consumers(asker)["ship"]["lag_events"] == 0)
+    while consumers(asker)["ship"]["lag_events"]:  # on a busy machine this answer may be too late as well
+        worker.send({"type": "ping"})
+        while (message := worker.receive()) != {"type": "pong"}:
+            worker.answer(message)
     worker.settle()
 
 

@@ -89,7 +89,7 @@ def test_no_call_is_lost_when_owner_after_owner_closes(open_engine: Open, start:
 
 def test_a_stopped_owner_keeps_the_directory_and_is_named(open_engine: Open, start: Start) -> None:
     owner = start()
-    engine = open_engine(limits={"call_timeout_ms": 300})
+    engine = open_engine(limits={"call_timeout_ms": 1500})
     engine.set("s", "k", 1)
     owner.send(signal.SIGSTOP)
 
