@@ -39,8 +39,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("scopestate.engine")
 
-LAST_RESORT_S: Final = 1.0
-"""Seconds that a process whose main thread is stuck may live after a signal, once its engines are closed."""
+LAST_RESORTS: Final = 10
+"""How often, and how many tenths of a second apart, the main thread is told to end once the engines are closed after a
+signal. Then it is stuck, and the process ends without it."""
 SAVE_FIRST_S: Final = 3.0
 """Longest time in seconds that the host's signal handler is delayed by the save before it."""
 PROMPT_S: Final = 0.02
@@ -319,8 +320,8 @@ class _Termination:
     def _close_then_end(self, number: int) -> None:
         _close_all(signal.Signals(number).name)
         self._closed = True
-        ends = time.monotonic() + LAST_RESORT_S
-        while time.monotonic() < ends:
+        # Counted: if the machine stops the process for a second, the main thread still gets its time.
+        for _ in range(LAST_RESORTS):
             # The main thread handles it and then ends the process. Sent repeatedly: a signal between the main thread's
             # last check and the beginning of a wait is not noticed.
             os.kill(os.getpid(), number)
