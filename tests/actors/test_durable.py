@@ -494,7 +494,7 @@ def test_a_coroutine_over_its_time_is_cancelled_and_tried_again(stage: Stage) ->
             await asyncio.Event().wait()
         done.set()
 
-    stage.begin(ship, ack_wait=0.05, retry=Retry(first=0.0, on=OSError))
+    stage.begin(ship, ack_wait=0.5, retry=Retry(first=0.0, on=OSError))
     stage.port.put("a")
 
     assert done.wait(PATIENCE_S)
@@ -520,7 +520,7 @@ def test_what_a_function_says_after_its_time_does_not_count_and_its_key_waits_fo
         if event.revision == 2:
             done.set()
 
-    stage.begin(ship, ack_wait=0.05, retry=Retry(first=0.0))
+    stage.begin(ship, ack_wait=0.5, retry=Retry(first=0.0))
     stage.port.put("a", "a")
     reported = threading.Event()
 
@@ -546,10 +546,10 @@ def test_extend_gives_an_attempt_more_time(stage: Stage) -> None:
 
     def ship(event: StateEvent, delivery: Delivery) -> None:
         delivery.extend(60)
-        pause.wait(0.1)
+        pause.wait(0.7)
         done.set()
 
-    stage.begin(ship, ack_wait=0.02)
+    stage.begin(ship, ack_wait=0.5)
     stage.port.put("a")
 
     assert done.wait(PATIENCE_S)

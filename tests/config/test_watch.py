@@ -26,6 +26,13 @@ def text(number: int) -> str:
     return f"limits: {{scope_mailbox: {number}}}\n"
 
 
+def write(path: Path, content: str) -> None:
+    """Write a file at once. In place it is empty for a moment, which a slow machine may make long enough to be read."""
+    other = path.with_name("other")
+    other.write_text(content)
+    os.replace(other, path)
+
+
 class Watched:
     """A watcher whose callbacks fill one queue: `applied` numbers and `reported` errors, in order."""
 
@@ -210,10 +217,10 @@ class TestChanges:
         watched = watch(path)
 
         monkeypatch.setenv("MAILBOX", "7")
-        path.write_text("limits: {scope_mailbox: ${MAILBOX}}\n")
+        write(path, "limits: {scope_mailbox: ${MAILBOX}}\n")
         assert watched.next() == 7
         monkeypatch.setenv("MAILBOX", "8")
-        path.write_text("limits: {scope_mailbox: ${MAILBOX}} # again\n")
+        write(path, "limits: {scope_mailbox: ${MAILBOX}} # again\n")
         assert watched.next() == 8
 
 
@@ -221,11 +228,11 @@ class TestWhatIsNoChange:
     def test_the_same_bytes_again(self, path: Path, watch: Watch) -> None:
         watched = watch(path)
 
-        path.write_text(text(1))
+        write(path, text(1))
         watched.looked()
         os.utime(path)
         watched.looked()
-        path.write_text(text(2))
+        write(path, text(2))
 
         assert watched.next() == 2
 
@@ -247,7 +254,7 @@ class TestWhatIsNoChange:
         watched.looked()
 
         path.read_text()
-        path.write_text(text(2))
+        write(path, text(2))
         watched.looked()
 
         assert watched.next() == 2
@@ -257,7 +264,7 @@ class TestWhatIsNoChange:
         watched = watch(path, quiet_s=0.1)
 
         for number in range(2, 500):
-            path.write_text(text(number))
+            write(path, text(number))
 
         while (latest := watched.next()) != 499:
             assert isinstance(latest, int)
@@ -270,9 +277,7 @@ class TestWhatIsNoChange:
         def scribble() -> None:
             number = 2
             while not done.is_set():
-                other = path.with_name("other")
-                other.write_text(text(number))
-                os.replace(other, path)
+                write(path, text(number))
                 number += 1
                 done.wait(0.01)
 
@@ -289,8 +294,8 @@ class TestWhatIsNoChange:
     def test_a_file_that_is_wrong_while_it_is_written_without_a_pause_is_not_reported(
         self, path: Path, watch: Watch, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        # Each reading finds it wrong, and the next change comes before the pause is over.
-        watched = watch(path, quiet_s=0.3)
+        # Each reading finds it wrong, and the next change comes before the pause is over, also on a slow machine.
+        watched = watch(path, quiet_s=LIMIT_S)
         look, looks = watched.watcher._look, 0
 
         def look_and_go_on_writing(*, last_try: bool) -> bool:
@@ -303,7 +308,7 @@ class TestWhatIsNoChange:
             return look(last_try=last_try)
 
         watched.watcher._look = look_and_go_on_writing  # type: ignore[method-assign]
-        monkeypatch.setattr("scopestate.config.watch._MAX_QUIET_PERIODS", 1)
+        monkeypatch.setattr("scopestate.config.watch._MAX_QUIET_PERIODS", 0.3 / LIMIT_S)
         done = threading.Event()
 
         def scribble() -> None:
@@ -319,13 +324,12 @@ class TestWhatIsNoChange:
             writer.join()
 
     def test_a_file_written_in_two_steps_is_read_when_it_is_whole(self, path: Path, watch: Watch) -> None:
-        watched = watch(path)
+        watched = watch(path, quiet_s=0.5)
 
         with path.open("w") as stream:  # truncated: an empty file is no configuration
             stream.flush()
             stream.write("limits: {scope_mail")
             stream.flush()
-            os.fsync(stream.fileno())
             stream.write("box: 2}\n")
 
         assert watched.next() == 2
@@ -358,14 +362,14 @@ class TestBadFiles:
     ) -> None:
         watched = watch(path)
 
-        path.write_text("limits: {scope_mailbox: many}\n")
+        write(path, "limits: {scope_mailbox: many}\n")
         error = watched.error()
         assert (error.file, error.line, error.key) == (str(path), 1, "limits.scope_mailbox")
         watched.looked()
         watched.looked()
         os.utime(path)  # the same bad content: no second report
         watched.looked()
-        path.write_text(text(2))
+        write(path, text(2))
         assert watched.next() == 2
 
         errors = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
@@ -376,27 +380,27 @@ class TestBadFiles:
     def test_each_bad_content_is_reported(self, path: Path, watch: Watch) -> None:
         watched = watch(path)
 
-        path.write_text("a: [")
+        write(path, "a: [")
         assert "not valid YAML" in watched.error().problem
-        path.write_text("worker: []")
+        write(path, "worker: []")
         assert watched.error().key == "worker"
-        path.write_text("")
+        write(path, "")
         assert "is empty" in watched.error().problem
 
     def test_back_to_the_running_content_is_applied_again(self, path: Path, watch: Watch) -> None:
         watched = watch(path)
 
-        path.write_text("a: [")
+        write(path, "a: [")
         watched.error()
-        path.write_text(text(1))
+        write(path, text(1))
 
         assert watched.next() == 1
 
     def test_a_bad_file_at_the_start_is_reported_only_once_it_changes(self, path: Path, watch: Watch) -> None:
-        path.write_text("a: [")
+        write(path, "a: [")
         watched = watch(path)
 
-        path.write_text(text(2))
+        write(path, text(2))
 
         assert watched.next() == 2
 
@@ -409,7 +413,7 @@ class TestBadFiles:
             raise ValueError("no such luck")
 
         watched.on_apply = refuse
-        path.write_text(text(2))
+        write(path, text(2))
         assert watched.next() == 2
         error = watched.error()
         assert error.problem == "the new configuration could not be applied: ValueError('no such luck')"
@@ -420,12 +424,12 @@ class TestBadFiles:
             raise ConfigError("not live", key="adapter")
 
         watched.on_apply = refuse_properly
-        path.write_text(text(3))
+        write(path, text(3))
         assert watched.next() == 3
         assert watched.error().problem == "not live"
 
         watched.on_apply = lambda _: None
-        path.write_text(text(4))
+        write(path, text(4))
         assert watched.next() == 4
 
     def test_a_report_that_raises_does_not_end_the_watcher(self, path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -438,9 +442,9 @@ class TestBadFiles:
         watcher = ConfigWatcher(path, lambda _: applied.set(), report, quiet_s=0.02)
         watcher.start()
         try:
-            path.write_text("a: [")
+            write(path, "a: [")
             assert reported.wait(LIMIT_S)
-            path.write_text(text(2))
+            write(path, text(2))
             assert applied.wait(LIMIT_S)
         finally:
             watcher.stop()
@@ -450,30 +454,30 @@ class TestBadFiles:
 class TestRunning:
     def test_a_change_between_loading_and_starting_is_applied(self, path: Path, watch: Watch) -> None:
         running = config.load(path)
-        path.write_text(text(2))
+        write(path, text(2))
 
         watched = watch(path, running=running)
 
         assert watched.next() == 2
-        path.write_text(text(1))
+        write(path, text(1))
         assert watched.next() == 1
 
     def test_an_unchanged_file_is_not(self, path: Path, watch: Watch) -> None:
         watched = watch(path, running=config.load(path))
         watched.looked()
 
-        path.write_text(text(2))
+        write(path, text(2))
 
         assert watched.next() == 2
 
     def test_a_file_that_went_bad_before_the_start_is_reported(self, path: Path, watch: Watch) -> None:
         running = config.load(path)
-        path.write_text("a: [")
+        write(path, "a: [")
 
         watched = watch(path, running=running)
 
         assert "not valid YAML" in watched.error().problem
-        path.write_text(text(1))
+        write(path, text(1))
         assert watched.next() == 1
 
 
@@ -481,12 +485,12 @@ class TestStop:
     def test_nothing_is_called_after_it(self, path: Path, watch: Watch) -> None:
         watched = watch(path)
 
-        path.write_text(text(2))
+        write(path, text(2))
         watched.watcher.stop()
         watched.seen.queue.clear()
-        path.write_text(text(3))
+        write(path, text(3))
         other = watch(path)
-        path.write_text(text(4))
+        write(path, text(4))
 
         assert other.next() == 4
         assert watched.seen.empty()
@@ -501,7 +505,7 @@ class TestStop:
             left.set()
 
         watched.on_apply = linger
-        path.write_text(text(2))
+        write(path, text(2))
         assert inside.wait(LIMIT_S)
         stopper = threading.Thread(target=watched.watcher.stop)
         stopper.start()
@@ -520,11 +524,11 @@ class TestStop:
 
         def stop(_: Config) -> None:
             watched.watcher.stop()
-            path.write_text(text(3))
+            write(path, text(3))
             stopped.set()
 
         watched.on_apply = stop
-        path.write_text(text(2))
+        write(path, text(2))
         assert stopped.wait(LIMIT_S)
         watched.watcher.stop()
 
@@ -538,7 +542,7 @@ class TestStop:
             raise ValueError("no such luck")
 
         watched.on_apply = stop_and_refuse
-        path.write_text(text(2))
+        write(path, text(2))
 
         assert watched.next() == 2
 
@@ -562,7 +566,7 @@ class TestStop:
 
         monkeypatch.setattr(ConfigWatcher, "_wait_for_quiet", tell_then_wait)
         monkeypatch.setattr("scopestate.config.watch.examine_bytes", tell_then_load)
-        path.write_text("a: [" if bad else text(2))
+        write(path, "a: [" if bad else text(2))
         assert waiting.wait(LIMIT_S)
 
         watched.watcher.stop()  # the fixture sees that nothing was called, and pytest's own limit that it did not wait
@@ -578,7 +582,7 @@ class TestStop:
             return original(content, file)
 
         monkeypatch.setattr("scopestate.config.watch.examine_bytes", read_when_stopping)
-        path.write_text(text(2))
+        write(path, text(2))
         assert reading.wait(LIMIT_S)
 
         watched.watcher.stop()
@@ -617,7 +621,7 @@ class TestWithoutFileEvents:
             f"{path}: no file events ([Errno 24] inotify instance limit reached); "
             "looking at the file every second instead"
         ) in [record.getMessage() for record in caplog.records]
-        path.write_text(text(2000))
+        write(path, text(2000))
         assert watched.next() == 2000
 
     def test_a_folder_that_cannot_be_watched_later_is_left_to_the_recheck(

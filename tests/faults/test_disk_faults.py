@@ -358,8 +358,7 @@ def test_a_full_database_refuses_or_queues_and_goes_on_when_there_is_room(
         engine.set("s", "k", "still goes")
     else:
         engine.set("s", "big", "x" * 200_000)
-        wait_until(lambda: not engine.health().ok)
-        assert "full" in " ".join(engine.health().problems)
+        wait_until(lambda: "full" in " ".join(engine.health().problems))
 
     adapter._writer.execute("PRAGMA max_page_count = 1073741823")
     if durability == "commit":
@@ -383,8 +382,7 @@ def test_a_directory_that_is_removed_while_the_engine_runs_gets_its_content_back
             engine.set("s", "during", 2)
     else:
         engine.set("s", "during", 2)
-        wait_until(lambda: not engine.health().ok)
-        assert "vanished" in " ".join(engine.health().problems)
+        wait_until(lambda: "vanished" in " ".join(engine.health().problems))
     store.mkdir()
     if durability == "commit":
         engine.set("s", "during", 2)

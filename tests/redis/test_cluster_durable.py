@@ -384,7 +384,7 @@ def test_the_events_of_a_killed_engine_go_to_another_one_as_the_next_attempt(
         for number in range(5):
             one.set("s", "k", number)
         assert there.read() == ["k", 0, 1]
-        work = Work(one, name="work", scope="s", ack_wait=0.5)
+        work = Work(one, name="work", scope="s")
         there.kill()
     work.wait_for(5, one)
     assert work.values() == {"s": list(range(5))}

@@ -363,7 +363,7 @@ def test_the_events_of_a_killed_engine_go_to_another_one_as_the_next_attempt(
             one.set("s", "k", number)
         assert there.read() == ["k", 0, 1]
         there.kill()
-    handled = Handled(one, "work", scope="s", ack_wait=0.5)
+    handled = Handled(one, "work", scope="s")
     assert handled.wait_for(5) == [("k", 0, 2), *[("k", number, 1) for number in range(1, 5)]]
 
 
@@ -375,7 +375,7 @@ def test_a_frozen_engine_loses_its_events_and_what_it_says_later_does_not_count(
         one.set("s", "k", 1)
         assert there.read() == ["k", 1, 1]
         there.freeze()
-        handled = Handled(one, "work", scope="s", ack_wait=0.5)
+        handled = Handled(one, "work", scope="s")
         assert handled.wait_for(1) == [("k", 1, 2)]
         wait_until(lambda: idle(one, "work"), "acknowledged")
         there.thaw()

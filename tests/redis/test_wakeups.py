@@ -224,12 +224,15 @@ def test_a_pause_that_begins_while_its_caller_is_cut_short_ends_all_the_same(
         at_rest_without_pauses(engine)
 
 
-def paused_update(engine: Engine, server: Server, monkeypatch: pytest.MonkeyPatch, pause_s: float) -> InThread:
+def paused_update(
+    engine: Engine, server: Server, monkeypatch: pytest.MonkeyPatch, pause_s: float, *, timeout_s: float = PATIENCE_S
+) -> InThread:
     """Have an update of `s/k` find a conflict, and wait for its next attempt as long as `pause_s`."""
     monkeypatch.setattr(redis_commands, "_PAUSE_S", (pause_s, pause_s))
     monkeypatch.setattr(redis_commands.random, "uniform", lambda low, high: high)
     engine.set("s", "k", 0)
     server.ask("HSET", "state:s", "k", "10")
+    engine._parts.limits.call_timeout_s = timeout_s
     caller = InThread(lambda: engine.update("s", "k", INCREMENT).new_value)
     until(lambda: bool(scope_of(engine).commands.paused), "no update waits for its next attempt")
     return caller
@@ -240,11 +243,9 @@ def test_an_update_whose_caller_has_given_up_is_not_tried_again(
 ) -> None:
     with open_at(valkey.url, PATIENT) as engine:
         engine.set("s", "k", 0)
-        engine._parts.limits.call_timeout_s = 0.3
-        caller = paused_update(engine, valkey, monkeypatch, 1.0)
+        caller = paused_update(engine, valkey, monkeypatch, 4.0, timeout_s=1.5)
         with pytest.raises(ReplyTimeout):
             caller.result()
-        engine._parts.limits.call_timeout_s = PATIENCE_S
         engine._parts.limits.call_timeout_s = PATIENCE_S  # for the calls from here on
         attempts = engine.stats().store["update_attempts"]
 
@@ -257,7 +258,7 @@ def test_a_scope_with_an_update_in_its_pause_does_not_leave_memory(
     valkey: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with open_at(valkey.url, {"call_timeout_ms": 20_000}) as engine:
-        caller = paused_update(engine, valkey, monkeypatch, 0.5)
+        caller = paused_update(engine, valkey, monkeypatch, 2.5)
         actor = scope_of(engine)
         actor.touched = False
 

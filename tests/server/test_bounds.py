@@ -449,11 +449,12 @@ def threading_send(end: RawWorker, message: bytes, count: int) -> threading.Thre
 def test_a_channel_that_is_idle_or_incomplete_ends(
     server: Server, connect: OpenRaw, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(channels, "TTL_S", 0.1)
+    monkeypatch.setattr(channels, "TTL_S", 1.0)
     monkeypatch.setattr(channels, "IDLE_S", 0.2)
     worker = connect()
     half = end_of(server, worker.call("engine::channels::create", {})["reader"])
     assert half.closed_with() == (1012, "its other end never connected")
+    monkeypatch.setattr(channels, "TTL_S", 3.0)  # when it is over, the channel has been idle for longer than it may
     refs = worker.call("engine::channels::create", {})
     writer, reader = end_of(server, refs["writer"]), end_of(server, refs["reader"])
     writer.send("hello")

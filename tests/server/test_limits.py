@@ -17,7 +17,7 @@ from serving import OpenRaw, server_config
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from scopestate import Engine
-from scopestate.config import ServerConfig
+from scopestate.config import ServerConfig, from_mapping
 from scopestate.errors import HandlerTimeout, RemoteFailure
 from scopestate.ops.functions import BUILT_IN_IDS
 from scopestate.server.server import Server
@@ -328,6 +328,7 @@ def test_a_handler_in_a_worker_that_runs_too_long_is_reported(connect: OpenRaw) 
 
         report = reports.get(timeout=PATIENCE_S)
         assert isinstance(report.error, HandlerTimeout)
+        engine.reconfigure(from_mapping({"limits": {"handler_timeout_ms": 60_000}}))
         engine.set("s", "k", 2)
         call = worker.take("on")
         assert call["data"]["new_value"] == 2

@@ -259,7 +259,7 @@ def test_a_stopped_follower_loses_what_it_holds(open_engine: OpenEngine, start: 
     wait_until(lambda: handled.of("slow", "begin"))
     one.send(signal.SIGSTOP)
     two = start()
-    handled.handle_in(two, ack_wait=2.0)
+    handled.handle_in(two)
     two.do("kept['gate'].set()")
     wait_until(lambda: handled.of("slow"))
     assert handled.of("slow") == [(two.pid, 1, 2)]
