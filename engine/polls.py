@@ -66,7 +66,7 @@ SNAPSHOT: Final = "poll."
 class _Watched:
     """A watch, and the change that the last poll has read but could not send."""
 
-    __slots__ = ("ahead", "asked", "caller", "snapshot", "until_s", "watch")
+    __slots__ = ("ahead", "asked", "caller", "goes_on", "snapshot", "tells", "until_s", "watch")
 
     def __init__(self, watch: _Watch, asked: Poll, caller: Caller, *, snapshot: bool = False) -> None:
         self.watch = watch
@@ -77,10 +77,13 @@ class _Watched:
         self.until_s = 0.0
         self.snapshot = snapshot
         """True while polls may be reading its snapshot."""
+        self.tells = asked.tell
+        self.goes_on = not asked.settled
+        """False: no poll continues with it. It only makes the feed keep the changes until another watch is open."""
 
     def is_behind(self) -> bool:
-        """Return whether something can be read at once."""
-        return self.ahead is not None or self.watch.has_ready
+        """Return whether the next poll finds something at once."""
+        return self.goes_on and (self.ahead is not None or self.watch.has_ready)
 
 
 class _UnderWay:
@@ -147,6 +150,8 @@ class Polls:
         self._armed = False
         """True if a look at the kept watches is scheduled, for when the time of one is over."""
         self._under_way: dict[_UnderWay, None] = {}
+        self._telling: dict[Caller, _UnderWay] = {}
+        """Caller -> its last poll for the events of its triggers. An earlier one has been given up for it."""
         self._cut: dict[tuple[Caller, tuple[Any, ...]], float] = {}
         """Caller, and the filter of a watch that has missed changes, which its next poll reads -> when it ended."""
         self._snapshots: Counter[Hashable] = Counter()
@@ -261,6 +266,7 @@ class Polls:
 
     def forget(self, caller: Caller) -> None:
         """End the watches that are kept for a caller that is gone."""
+        self._telling.pop(caller, None)
         for cut in [cut for cut in list(self._cut) if cut[0] is caller]:
             self._cut.pop(cut, None)
         for kept in self._exclusive.run(self._pop, lambda one: one.caller is caller):
@@ -315,6 +321,10 @@ class Polls:
         answer = _Answer(poll, readable)
         under_way.watched = watched
         self._cut.pop((caller, watched.asked), None)
+        if poll.tell and not poll.settled:
+            self._telling[caller] = under_way
+            for earlier in self._exclusive.run(self._pop, lambda one: one.tells and one.caller is caller):
+                self._end(earlier)
         try:
             if kept and self._engine._router.feed.incoming:
                 yield _Entered()
@@ -343,7 +353,8 @@ class Polls:
         except BaseException:
             self._end(watched)
             raise
-        return self._finish(watched, answer, kept=not poll.once)
+        given_up = poll.tell and not poll.settled and self._telling.get(caller) is not under_way
+        return self._finish(watched, answer, kept=not (poll.once or given_up))
 
     def _note_cut(self, watched: _Watched) -> None:
         now_s = self._engine._parts.dispatcher.monotonic()

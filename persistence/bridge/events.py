@@ -289,7 +289,7 @@ class RemoteEvents:
         # The first calls of a connection are sent before this one, and the same engine answers all of them.
         while not self._stopped:
             try:
-                await self._post({"limit": 1, "_among": self._wanted_now()})
+                await self._post({"limit": 1, "_once": True, "_among": self._wanted_now()})
             except AWAY:
                 await asyncio.sleep(0.002)
             except ScopestateError:

@@ -14,6 +14,7 @@ from processes import PATIENCE_S, role_of, wait_until
 
 from scopestate import DeliveryFailure, Engine, ScopestateError, closing
 from scopestate.persistence.bridge.backend import BridgeBackend
+from scopestate.server import followers
 
 Open = Callable[..., Engine]
 
@@ -41,6 +42,13 @@ class Worker:
         self.engine.close()
         self._reader.join(PATIENCE_S)
         assert not self._reader.is_alive()
+
+
+@pytest.fixture(autouse=True)
+def busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let an owner wait for its followers as long as a busy machine needs."""
+    monkeypatch.setattr(closing, "CATCH_UP_S", PATIENCE_S)
+    monkeypatch.setattr(followers, "LAST_POLL_S", PATIENCE_S)
 
 
 def test_nothing_is_missed_and_nothing_is_logged_when_engine_after_engine_closes(
@@ -103,10 +111,7 @@ def test_followers_miss_nothing_if_a_new_process_is_the_next_owner(
     assert failures == []
 
 
-def test_an_owner_that_closes_tells_its_followers_everything_first(
-    open_engine: Open, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(closing, "CATCH_UP_S", PATIENCE_S)
+def test_an_owner_that_closes_tells_its_followers_everything_first(open_engine: Open) -> None:
     failures: list[DeliveryFailure] = []
     owner = open_engine(durability="interval")
     worker = Worker(open_engine, failures)
@@ -126,7 +131,6 @@ def test_an_owner_that_closes_waits_for_a_follower_that_takes_its_time(
     open_engine: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "scopestate.sharing")
-    monkeypatch.setattr(closing, "CATCH_UP_S", PATIENCE_S)
     failures: list[DeliveryFailure] = []
     owner = open_engine(durability="interval")
     worker = Worker(open_engine, failures)
