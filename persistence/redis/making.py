@@ -75,7 +75,7 @@ class CommandMaker:
         self.publishes = store.shares_events
         self.names = store.shape.names(self.hash_key)
         """The keys of the scope in Redis."""
-        self._head_of_set = store.shape.head_of_set(self.names)
+        self._head_of_set = store.shape.head_of_set(self.names, self.name)
         self._numbers = store.shape.numbers
         self._has_deadlines = False
         """True once a key had a deadline, or keys were listed. From then on, all writes use the general script."""

@@ -42,6 +42,50 @@ if not old then call('PERSIST', side) end
 return {condition and 1 or old, number}
 """
 
+# The same with its event. KEYS hash, side, the stream, the counter of its events, its limit; ARGV how many events are
+# kept, the scope, then as for `SET_ONE`, without `r`. Replies: as there, but in between the number of the event, 0 if
+# nothing was written. The server needs half of the time that it needs for `WRITES`
+# (docs/design/0087-speed-of-shared-events.md).
+PUBLISH_ONE: Final = (
+    b"""
+local call, hash, side, stream, counter, limit = redis.call, KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
+local kept, field, value, number, condition, depth = ARGV[1], ARGV[3], ARGV[4], ARGV[5], ARGV[7], nil
+"""
+    + LIMITED
+    + b"""
+local old = call('HGET', hash, field)
+local there = call('HMGET', side, '\\255', field, '\\254')
+if there[3] or (there[2] and #there[2] > 32) then return {3, 0, ''} end
+if condition then
+  if condition == 'n' then
+    if old then return {0, 0, ''} end
+  elseif old ~= ARGV[8] then
+    return {0, 0, ''}
+  end
+end
+local full = is_full()
+if full then return full end
+if there[1] and number <= there[1] then number = string.format('%016d', tonumber(there[1]) + 1) end
+local last = call('INCR', counter)
+local added
+if old then
+  added = add({'n', last, 's', ARGV[2], 'k', field, 'o', old, 'v', value, 'r', number})
+else
+  added = add({'n', last, 's', ARGV[2], 'k', field, 'v', value, 'r', number})
+end
+if type(added) == 'table' then
+  call('DECR', counter)
+  return added
+end
+local digest = ARGV[6]
+if digest == '' then digest = string.sub(redis.sha1hex(value), 1, 16) end
+call('HSET', hash, field, value)
+call('HSET', side, '\\255', number, field, number .. digest)
+if not old then call('PERSIST', side) end
+return {condition and 1 or old, last, number}
+"""
+)
+
 # A transaction that only writes keys without deadlines, few of them, and without events: KEYS hash, side; ARGV a number
 # as above, how many fields are expected, how many written; the fields; the value and the number of each, '' for no
 # value; field, value and digest of each that is written. Replies DONE, 0, or 3 for what only `WRITES` can do; the
@@ -553,7 +597,7 @@ return scan[1]
 DONE: Final = 1
 SKIPPED: Final = 2
 SLOW: Final = 3
-"""The reply of `SET_ONE` to an entry that it cannot do. Nothing was done; `WRITES` must do it."""
+"""The reply of `SET_ONE` and `PUBLISH_ONE` to an entry that they cannot do. Nothing was done; `WRITES` must do it."""
 KEPT: Final = 4
 NOT_HELD: Final = 5
 """The reply to a transaction that acknowledges a delivery which another engine holds by now."""
@@ -561,6 +605,8 @@ NOT_HELD: Final = 5
 
 _ONE: Final = frozenset({"s", "n", "c", "r", "q"})
 """Entries that `SET_ONE` and `COMMIT` can do. Only these two do `r` and `q`."""
+_PUBLISHED: Final = frozenset({"s", "n", "c"})
+"""Entries that `PUBLISH_ONE` can do."""
 
 
 class NumberedShape(Shape):
@@ -590,8 +636,15 @@ class NumberedShape(Shape):
         # `sidecar.digest_if_large`, inlined, because every plain set comes here.
         return "s", key, data, sidecar.digest_of(data) if len(data) >= sidecar.CLIENT_DIGEST_BYTES else b""
 
-    def head_of_set(self, names: tuple[bytes, ...]) -> bytes:
-        return b"" if self.publishes else b"*9" + pack_text(("EVALSHA", _SET_ONE, "2", names[0], names[1]))[2:]
+    def head_of_set(self, names: tuple[bytes, ...], scope: str) -> bytes:
+        if self.publishes:
+            return b"*14" + pack_text(self._publish_one(names, scope))[3:]
+        return b"*9" + pack_text(("EVALSHA", _SET_ONE, "2", names[0], names[1]))[2:]
+
+    def _publish_one(self, names: tuple[bytes, ...], scope: str) -> tuple[Any, ...]:
+        """Return the parts of a command of `PUBLISH_ONE` that are the same for every write of a scope."""
+        events = self.event_keys(names[0])
+        return "EVALSHA", _PUBLISH_ONE, "5", names[0], names[1], *events, self._kept, scope
 
     def swap_entry(self, key: str, raw: bytes | None, after: bytes) -> tuple[Any, ...]:
         digest = sidecar.digest_if_large(after)
@@ -624,9 +677,14 @@ class NumberedShape(Shape):
     def write_one(self, names: tuple[bytes, ...], scope: str, entry: tuple[Any, ...]) -> tuple[Any, ...]:
         """As `write`, for one entry of a key without a deadline."""
         kind = entry[0]
-        if self.publishes or kind not in _ONE:
+        if kind not in (_PUBLISHED if self.publishes else _ONE):
             return self.write(names, scope, entry)
         number = b"%d" % (self._wall_ns() // 1000)
+        if self.publishes:
+            if kind == "s":
+                return *self._publish_one(names, scope), entry[1], entry[2], number, entry[3]
+            _, key, *expected, after, digest = entry
+            return *self._publish_one(names, scope), key, after, number, digest, kind, *expected
         if kind == "s":
             return "EVALSHA", _SET_ONE, "2", names[0], names[1], entry[1], entry[2], number, entry[3]
         if kind == "q":
@@ -651,7 +709,7 @@ def packed_set(head: bytes, parts: tuple[Any, ...]) -> bytes:
 
     hiredis packs every other command. It takes twice as long, which was a tenth of the time of a set.
     """
-    key, data, number, digest = parts[5:]
+    key, data, number, digest = parts[-4:]
     name = key.encode()
     return b"%b$%d\r\n%b\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n" % (
         head,
@@ -673,6 +731,7 @@ def _registered(source: bytes) -> str:
 
 
 _SET_ONE: Final = _registered(SET_ONE)
+_PUBLISH_ONE: Final = _registered(PUBLISH_ONE)
 _COMMIT: Final = _registered(COMMIT)
 _GET_ONE: Final = _registered(GET_ONE)
 _WHOLE: Final = _registered(WHOLE)

@@ -258,9 +258,9 @@ class Shape:
         """Return the entry that sets a key."""
         return "s", key, data
 
-    def head_of_set(self, names: tuple[bytes, ...]) -> bytes:
+    def head_of_set(self, names: tuple[bytes, ...], scope: str) -> bytes:
         """Return the `head` of a scope for `numbered.packed_set`; b"" if that cannot be used."""
-        del names
+        del names, scope
         return b""
 
     def swap_entry(self, key: str, raw: bytes | None, after: bytes) -> tuple[Any, ...]:

@@ -373,6 +373,20 @@ class Writes(Numbered):
         return gone
 
 
+class PublishOne(Writes):
+    """The script `PUBLISH_ONE`: what `WRITES` does with one entry, on keys that it can do."""
+
+    def run(self) -> Any:
+        kept, scope, field, value, number, digest, *condition = self.arguments
+        side = self.hash(1)
+        if _INDEX in side or len(side.get(field, b"")) > PLAIN_BYTES:
+            return [numbered.SLOW, 0, b""]
+        kind, *expected = condition or [b"s"]
+        self.keys = [*self.keys[:2], b"unused", b"unused", *self.keys[2:]]
+        self.arguments = [number, kept, scope, kind, field, *expected, value, digest]
+        return super().run()
+
+
 class Ranged(Numbered):
     """The script `RANGE`."""
 
@@ -424,6 +438,7 @@ def _holds(name: bytes, low: bytes, high: bytes) -> bool:
 
 SCRIPTS: Final[dict[bytes, type[Any]]] = {
     numbered.SET_ONE: SetOne,
+    numbered.PUBLISH_ONE: PublishOne,
     numbered.COMMIT: Commit,
     numbered.GET_ONE: GetOne,
     numbered.WHOLE: Whole,

@@ -380,19 +380,15 @@ def test_the_script_undoes_nothing_and_writes_nothing_if_one_of_several_keys_dif
         assert type(engine.update("s", "a", INCREMENT)) is UpdateResult
 
 
+@pytest.mark.parametrize("events", [{}, {"events_kept": 100}, {"events_kept": 100, "clustered": True}])
 @pytest.mark.parametrize("key", ["", "k", "key\r\n$3", "\u00e9\u4e16\U0001f600", "k" * 1_000])
 @pytest.mark.parametrize("data", [b"1", b'"\r\n"', b'"' + b"x" * 5_000 + b'"'])
-def test_a_plain_set_is_packed_as_hiredis_packs_it(key: str, data: bytes) -> None:
-    shape = NumberedShape("state:", wall_ns=lambda: 1_700_000_000_123_456_789)
-    names = shape.names(shape.key_of("caf\u00e9 {s}"))
+def test_a_plain_set_is_packed_as_hiredis_packs_it(key: str, data: bytes, events: dict[str, Any]) -> None:
+    shape = NumberedShape("state:", wall_ns=lambda: 1_700_000_000_123_456_789, **events)
+    scope = "caf\u00e9 {s}"
+    names = shape.names(shape.key_of(scope))
 
-    parts = shape.write_one(names, "caf\u00e9 {s}", shape.set_entry(key, data))
+    parts = shape.write_one(names, scope, shape.set_entry(key, data))
 
-    assert packed_set(shape.head_of_set(names), parts) == pack(parts)
-    assert parts[5:] == (key, data, b"1700000000123456", shape.set_entry(key, data)[3])
-
-
-def test_a_set_that_publishes_its_event_is_not_packed_apart() -> None:
-    shape = NumberedShape("state:", events_kept=100)
-
-    assert shape.head_of_set(shape.names(shape.key_of("s"))) == b""
+    assert packed_set(shape.head_of_set(names, scope), parts) == pack(parts)
+    assert parts[-4:] == (key, data, b"1700000000123456", shape.set_entry(key, data)[3])

@@ -19,7 +19,16 @@ from serving_played import ServedPlayed, on_this_clock
 
 from scopestate import Engine
 from scopestate.errors import StorageError
-from scopestate.persistence.redis.numbered import BUILD, COMMIT, GET_ONE, RANGE, SET_ONE, WHOLE, WRITES
+from scopestate.persistence.redis.numbered import (
+    BUILD,
+    COMMIT,
+    GET_ONE,
+    PUBLISH_ONE,
+    RANGE,
+    SET_ONE,
+    WHOLE,
+    WRITES,
+)
 from scopestate.persistence.redis.script import DIGEST, SOURCE
 
 __all__ = ["open_redis"]
@@ -276,6 +285,8 @@ def random_numbered(draw: random.Random, entries: dict[bytes, list[bytes]]) -> P
         (3, SET_ONE, ["2", "state:n", "side", field, value, number, digest, *draw.choice(
             [[], [], ["n"], ["c", draw.choice(SHORT)], ["r", draw.choice(SHORT), a_number]]
         )]),
+        (3, PUBLISH_ONE, ["5", "state:n", "side", "events", "count", "limit", "100", "n", field, value, number, digest,
+            *draw.choice([[], [], ["n"], ["c", draw.choice(SHORT)]])]),
         (1, GET_ONE, ["2", "state:n", "side", field]),
         (1, WHOLE, ["4", *NUMBERED_KEYS]),
         (1, RANGE, ["4", *NUMBERED_KEYS, number, *limits]),
@@ -328,6 +339,9 @@ def test_the_scripts_with_revisions_do_the_same_as_at_a_real_server(redis_server
         for key in ("due", "index"):
             found = dict(client.zrange(key, 0, -1, withscores=True))
             assert played.keys(0).get(key.encode(), {}) == found
+        newest = ["XREVRANGE", "events", "+", "-", "COUNT", "50"]
+        streams = [[fields for _, fields in client.talk(newest)] for client in (real, one)]
+        assert streams[1] == streams[0]
         assert dict(client.hgetall("state:n")) == played.keys(0).get(b"state:n", {})
         assert client.get("kept") == played.keys(0).get(b"kept")
 
