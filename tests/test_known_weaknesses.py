@@ -127,7 +127,10 @@ def test_semantics_8_06_a_failing_event_is_tried_again_and_then_handed_to_the_de
     assert [(letter.attempt, letter.final, letter.event.revision) for letter in letters] == [(3, True, 1)]
 
 
-def test_semantics_8_06_events_that_no_handler_saw_before_the_end_are_reported(open_engine: Open) -> None:
+def test_semantics_8_06_events_that_no_handler_saw_before_the_end_are_reported(
+    open_engine: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("scopestate.closing.HOOKS_S", PATIENCE_S)
     letters: list[Any] = []
     engine = open_engine(limits={"close_grace_ms": 20}, on_dead_letter=letters.append)
     gate = threading.Event()

@@ -323,7 +323,7 @@ def test_a_barrier_waits_for_a_retry_that_is_near_and_for_no_other(virtual: Virt
     stage.port.put("a")
     reply = dispatcher.reply()
     stage.handler.tell(Barrier([stage.handler], reply))
-    reply.get(timeout=5)
+    reply.get(timeout=PATIENCE_S)
 
     assert len(tries) == (2 if waits else 1)
 

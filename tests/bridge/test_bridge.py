@@ -154,7 +154,7 @@ async def _loop_stays_free(engine: Engine) -> None:
 
 
 def test_an_event_loop_is_never_blocked_by_a_remote_that_is_away(open_bridge: OpenBridge) -> None:
-    asyncio.run(_loop_stays_free(open_bridge("ws://127.0.0.1:9", connect_wait_ms=100)))
+    asyncio.run(_loop_stays_free(open_bridge("ws://127.0.0.1:9", connect_wait_ms=2000)))
 
 
 # ------------------------------------------------------------------------------------------------------------- errors

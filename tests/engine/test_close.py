@@ -172,7 +172,10 @@ def test_callers_are_refused_while_handlers_still_finish(engine: Engine) -> None
     closed()
 
 
-def test_events_that_outlast_the_grace_are_reported_one_by_one(open_engine: Any) -> None:
+def test_events_that_outlast_the_grace_are_reported_one_by_one(
+    open_engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("scopestate.closing.HOOKS_S", PATIENCE_S)
     dead, gate = Failures(), Gate()
     refused: list[BaseException] = []
     ended = threading.Event()
@@ -354,8 +357,9 @@ def test_tasks_on_another_loop_are_answered_by_a_closing_engine(engine: Engine, 
 
 
 def test_many_events_that_outlast_the_grace_are_one_line_in_the_log(
-    open_engine: Any, caplog: pytest.LogCaptureFixture
+    open_engine: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("scopestate.closing.HOOKS_S", PATIENCE_S)
     dead, gate = Failures(), Gate()
     engine = open_engine(on_dead_letter=dead, limits={"close_grace_ms": 20, "handler_mailbox": 100_000})
     for name in ("first", "second"):

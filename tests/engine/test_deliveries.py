@@ -440,7 +440,7 @@ def test_an_overdue_handler_that_fails_in_the_end_is_reported_once() -> None:
 @pytest.mark.parametrize("role", ["handler", "condition"])
 def test_a_coroutine_past_its_time_is_cancelled_and_reported(role: str, open_engine: Any) -> None:
     failures, cancelled, seen = Failures(), threading.Event(), Seen()
-    engine = open_engine(on_error=failures, limits={"handler_timeout_ms": 20})
+    engine = open_engine(on_error=failures, limits={"handler_timeout_ms": 500})
 
     async def hang(event: StateEvent) -> None:
         try:

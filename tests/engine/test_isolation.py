@@ -576,6 +576,7 @@ def test_a_blocked_loop_is_seen_from_outside_and_the_trigger_recovers(
     [late] = failures.wait_for(1)
     assert (late.event.key, type(late.error)) == ("a", HandlerTimeout)
     gate.set()
+    engine.reconfigure(from_mapping({"limits": {"handler_timeout_ms": 0}}))
     engine.set("s", "b", 1)
     seen.wait_for(1)
     engine.drain(PATIENCE_S)
@@ -618,6 +619,7 @@ def test_the_engines_own_loop_is_replaced_when_a_handler_blocks_it_past_its_limi
 
     engine.set("s", "blocks", 1)
     assert failures.wait_for(1)[0].event.key == "blocks"
+    engine.reconfigure(from_mapping({"limits": {"handler_timeout_ms": 0}}))
     engine.set("s", "fine", 1)
     assert seen.wait_for(1)[0].key == "fine"
     engine.drain(PATIENCE_S)
@@ -638,6 +640,8 @@ def test_a_coroutine_that_swallows_its_cancellation_is_given_up(open_engine: Any
         seen(event)
 
     engine.set("s", "bad", 1)
+    failures.wait_for(1)
+    engine.reconfigure(from_mapping({"limits": {"handler_timeout_ms": 0}}))
     engine.set("s", "b", 1)
 
     assert seen.wait_for(1)[0].key == "b"
@@ -670,7 +674,7 @@ def test_a_call_to_a_loop_that_does_not_run_fails_within_its_limit(open_engine: 
 def test_a_call_to_a_loop_that_is_blocked_fails_within_its_limit_and_is_never_begun(
     way: str, open_engine: Any, loop_thread: LoopThread
 ) -> None:
-    engine, gate, begun = open_engine(limits={"call_timeout_ms": 50}), Gate(), threading.Event()
+    engine, gate, begun = open_engine(), Gate(), threading.Event()
 
     async def function(payload: Any) -> None:
         begun.set()
@@ -682,6 +686,7 @@ def test_a_call_to_a_loop_that_is_blocked_fails_within_its_limit_and_is_never_be
     loop_thread.do(lambda: engine.register_function("blocks", blocks))
     blocked = in_thread(lambda: engine.call("blocks"))
     gate.wait_until_reached()
+    engine.reconfigure(from_mapping({"limits": {"call_timeout_ms": 50}}))
 
     with pytest.raises(FunctionFailed, match=r"blocked for 0\.05 s, so it was not begun"):
         engine.call("f") if way == "call" else asyncio.run(engine.aio.call("f"))

@@ -286,13 +286,14 @@ def test_the_bound_holds_after_a_restart(opened: Opener) -> None:
     held = Held(opened)
     held.gate.set()
     engine.drain(PATIENCE_S)
+    opened.reload(journal_events=20)  # with time for the write to wait
     engine.set("orders", "late", "late")
     engine.drain(PATIENCE_S)
     assert held.seen == [*range(written), "late"]
 
 
 def test_a_history_is_bounded_by_its_own_rule(opened: Opener) -> None:
-    engine = opened(journal_events=20, call_timeout_ms=1000)
+    engine = opened(journal_events=20)
     held = Held(opened, scope="kept")
     held.gate.set()
     for number in range(100):
@@ -322,6 +323,7 @@ def test_a_full_journal_has_room_again_a_sixteenth_below_its_limit(opened: Opene
         engine.set("orders", "late", 1)
     permits.release(1)
     wait_until(lambda: is_saved(written - 29))
+    engine._limits.call_timeout_s = PATIENCE_S
     engine.set("orders", "late", 1)
     permits.release(100)
 

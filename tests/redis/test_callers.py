@@ -75,12 +75,14 @@ def test_cancelled_tasks_leave_the_others_their_own_answers(redis_server: Server
 
 def test_a_call_that_its_caller_gives_up_is_taken_in_later_and_the_scope_goes_on(start_server: StartServer) -> None:
     server = start_server()
-    with open_at(server.url, {"call_timeout_ms": 100}, call_timeout_ms=20_000) as engine:
+    with open_at(server.url, call_timeout_ms=20_000) as engine:
         engine.set("s", "k", 0)
         server.pause()
+        engine._parts.limits.call_timeout_s = 0.1
         for _ in range(2):  # at the connection, and behind it
             with pytest.raises(ReplyTimeout, match="may still be applied"):
                 engine.update("s", "k", INCREMENT)
+        engine._parts.limits.call_timeout_s = 20.0
         server.resume()
 
         at_rest(engine)
@@ -104,7 +106,7 @@ def test_a_reply_that_comes_while_its_caller_gives_up_leaves_the_scope_free(
         at_rest(engine)
         return False
 
-    with open_at(server.url, {"call_timeout_ms": 100}, call_timeout_ms=20_000) as engine:
+    with open_at(server.url, call_timeout_ms=20_000) as engine:
         engine.set("t", "k", 0)
         engine.ask(messages.Get("t", "k"), block=False).get(timeout=20)  # the I/O thread is there
         engine.set("s", "k", 0)
@@ -112,8 +114,10 @@ def test_a_reply_that_comes_while_its_caller_gives_up_leaves_the_scope_free(
         held = engine.ask(messages.Set("t", "k", 1), block=False)  # so that the next call has to queue
         until(lambda: owners_of(engine)[0].load() > 0, "nothing is on its way")
         monkeypatch.setattr(connection_owner, "wait_for", late)
+        engine._parts.limits.call_timeout_s = 0.1
         with pytest.raises(ReplyTimeout):
             engine.set("s", "k", 1)
+        engine._parts.limits.call_timeout_s = 20.0
         held.get(timeout=20)
         at_rest(engine)
         assert engine.set("s", "k", 2).old_value == 1
@@ -225,9 +229,10 @@ def test_an_engine_may_be_closed_from_a_handler_of_its_own_event(valkey: Server)
 # ------------------------------------------------------------------------------------------- processes and many engines
 
 
+@pytest.mark.timeout(300)  # seconds on an idle machine
 def test_a_forked_child_is_refused_and_its_parent_goes_on(redis_server: Server) -> None:
     child = start_child("fork", redis_server.url)
-    output, _ = child.communicate(timeout=50)
+    output, _ = child.communicate(timeout=250)
     assert child.returncode == 0
     *children, parent = [json.loads(line) for line in output.splitlines()]
     assert [facts["answers"] for facts in children] == [[*["EngineForked"] * 3, str(number)] for number in range(6)]
@@ -238,9 +243,10 @@ def test_a_forked_child_is_refused_and_its_parent_goes_on(redis_server: Server) 
     assert parent["connects"] == 1
 
 
+@pytest.mark.timeout(300)
 def test_engines_that_nobody_closes_lose_nothing_and_do_not_keep_the_process(redis_server: Server) -> None:
     child = start_child("dropper", redis_server.url, 10)
-    output, _ = child.communicate(timeout=50)
+    output, _ = child.communicate(timeout=250)
     assert child.returncode == 0, output
     assert redis_server.ask("HGET", "state:s", "k") == "10"
 
@@ -355,7 +361,7 @@ def test_handlers_that_call_the_engine_are_heard_by_others_in_order(valkey: Serv
             engine.set("s", "in", number)
 
         assert [event.new_value for event in seen.wait_for(50)] == [number * 2 for number in range(50)]
-        engine.drain(10)
+        engine.drain(60)
         assert engine.get("counts", "heard") == 50
         assert {event.depth for event in seen.events} == {1}
 
@@ -374,7 +380,7 @@ def test_writers_wait_for_a_handler_that_is_full_and_their_writes_are_not_lost(v
         assert writing.thread.is_alive()
         gate.set()
         writing.result()
-        engine.drain(10)
+        engine.drain(60)
 
         assert heard == list(range(30))
 

@@ -130,9 +130,9 @@ def test_an_answer_does_not_wait_for_the_next_connection(start_server: StartServ
         assert waiting.get(timeout=20).new_value == 1
 
 
-def _set(engine: Engine, value: int) -> bool:
+def _set(engine: Engine, value: int, scope: str = "s", key: str = "k") -> bool:
     try:
-        engine.set("s", "k", value)
+        engine.set(scope, key, value)
     except StorageError:
         return False
     return True
@@ -143,7 +143,7 @@ def test_a_late_reply_is_never_taken_for_that_of_another_call(start_server: Star
     options = {"call_timeout_ms": 40, "connect_timeout_ms": 150, "connect_wait_ms": 100}
     with open_at(server.url, **options) as engine:
         for which in range(8):
-            engine.set(f"s{which % 3}", f"k{which}", which)
+            until(lambda which=which: _set(engine, which, f"s{which % 3}", f"k{which}"), "no answer in time")  # type: ignore[misc]
         over = threading.Event()
         failed = threading.Event()
         answered: set[int] = set()

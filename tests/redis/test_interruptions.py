@@ -120,12 +120,13 @@ def test_signals_at_random_moments_lose_and_mix_up_nothing(
                         assert type(engine.list("s")) is list
 
         with alarms(error, seed=others, longest_us=3000) as (set_alarm, came):
-            while (before := len(came)) < interruptions:
+            while (before := len(came)) < interruptions or mine <= 20:  # on a slow machine most calls are cut off
                 try:
                     set_alarm()
                     calls_until_one_more(before)
                 except error:
                     continue
+            interruptions = len(came)
         over.set()
         acknowledged = mine + sum(thread.result() for thread in threads)
         at_rest(engine)

@@ -215,7 +215,7 @@ def test_a_transaction_is_one_step_of_consecutive_revisions_and_one_event_for_ea
             (Check("x", value=b"1"),),
         ),
     )
-    engine.drain(10)
+    engine.drain(60)
 
     last = done.revision
     assert heard[2:] == [("x", 5, last - 2), ("y", None, last - 1), ("z", 1, last)]
@@ -460,7 +460,7 @@ def test_a_key_that_is_set_again_after_its_deadline_expires_first_and_is_created
         expiring(engine, ttl_ms=10)
         time.sleep(0.015)
         write()
-        engine.drain(10)
+        engine.drain(60)
         assert heard[-3:] == [
             ("state:created", None, "old"),
             ("state:expired", "old", None),
@@ -511,7 +511,7 @@ def test_each_key_expires_once_whatever_the_number_of_engines(redis_server: Serv
         for number, name in enumerate(names):
             do((one, other)[number % 2], SetWith(name, b"%d" % number, deadline=Deadline(ttl_ms=100 + number)))
         until(lambda: redis_server.ask("EXISTS", "state:s") == 0, "the keys stay")
-        one.drain(10), other.drain(10)
+        one.drain(60), other.drain(60)
         until(lambda: len(heard[0]) + len(heard[1]) >= 200 * (1 + (events == "shared")), "events are missing")
     wanted = sorted((name, number) for number, name in enumerate(names))
     if events == "shared":

@@ -106,7 +106,7 @@ def in_child(engine: Engine, known: dict[str, Any], number: int) -> None:
         heard = threading.Event()
         mine.on_change(scope="s")(lambda event: heard.set())
         mine.set("s", "k", number)
-        mine.drain(10)
+        mine.drain(60)
         answers["own engine"] = str(mine.get("s", "k") == number and heard.is_set())
     say(child=number, answers=answers)
     if number % 3 == 0:

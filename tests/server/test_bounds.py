@@ -245,7 +245,7 @@ def test_void_calls_count_for_max_calls(open_server: OpenServer, connect: OpenRa
 
 
 def test_every_call_gives_its_place_back(open_server: OpenServer, connect: OpenRaw) -> None:
-    server = open_server(max_calls=3, call_timeout_ms=100)
+    server = open_server(max_calls=3, call_timeout_ms=1000)
     caller, other = connect(server), connect(server)
     other.register("other.f")
     server.engine.register_function("program.fails", lambda payload: 1 / 0)

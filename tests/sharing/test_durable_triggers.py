@@ -78,7 +78,10 @@ def test_each_event_is_handled_once_in_one_of_the_engines(open_engine: OpenEngin
 
 
 @pytest.mark.parametrize("durability", ["commit", "interval"])
-def test_rolling_restarts_lose_nothing_and_repeat_nothing(open_engine: OpenEngine, durability: str) -> None:
+def test_rolling_restarts_lose_nothing_and_repeat_nothing(
+    open_engine: OpenEngine, durability: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "CLAIM_S", PATIENCE_S)
     work = Work()
     engines = [open_engine(durability=durability) for _ in range(3)]
     for number, engine in enumerate(engines):
@@ -98,7 +101,10 @@ def test_rolling_restarts_lose_nothing_and_repeat_nothing(open_engine: OpenEngin
     assert {attempt for *_, attempt in work.seen} == {1}
 
 
-def test_what_runs_in_a_follower_goes_on_when_the_owner_closes(open_engine: OpenEngine) -> None:
+def test_what_runs_in_a_follower_goes_on_when_the_owner_closes(
+    open_engine: OpenEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "CLAIM_S", PATIENCE_S)
     owner, one, two = (open_engine() for _ in range(3))
     work = Work()
     work.gate.clear()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import signal
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from processes import Process, role_of, wait_until
@@ -125,8 +125,8 @@ def test_a_write_under_way_when_the_owner_is_killed_may_have_been_applied(open_e
     threads = [threading.Thread(target=write, args=args) for args in ((1, None), (2, "once"))]
     for thread in threads:
         thread.start()
-    wait_until(lambda: len(engine._scopes["s"]._open) == 2)  # type: ignore[attr-defined]
-    time.sleep(0.2)  # the second one is sent by another thread
+    connection: Any = engine._parts.backend
+    wait_until(lambda: len(connection.owner._under_way) == 2)  # the second one is sent by another thread
     owner.kill()
     for thread in threads:
         thread.join()

@@ -173,6 +173,7 @@ async def test_after_a_loss_it_connects_again_and_registers_again() -> None:
 async def test_a_call_has_a_deadline_and_its_late_answer_is_dropped() -> None:
     async with played_server() as server, Client(server.url, quick()) as client:
         peer = await server.next_peer()
+        await client.wait_connected(PATIENCE_S)
         with pytest.raises(CallTimeout, match=r"no answer to f within 0\.05 s; it may have been done") as caught:
             await client.call("f", timeout_s=0.05)
         assert caught.value.sent
