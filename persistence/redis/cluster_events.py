@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from redis.crc import key_slot
@@ -152,6 +152,10 @@ class ClusterArrivals(Arrivals):
         feed = self._router.feed
         position = feed.position + 1
         feed.arrive(event.scope, position, lambda: state_event_of(entry_id, fields, position - event.number))
+
+    def pass_over(self, tail: Tail, scopes: Sequence[str], count: int) -> bool:
+        feed = self._router.feed
+        return feed.pass_over(scopes, feed.position + count)
 
     def note_arrivals_in(self, slot: int) -> None:
         """The stream of a slot has new entries: durable triggers may have something to do."""

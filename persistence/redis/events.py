@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, Protocol
 
 from scopestate.actors.backlog import HandlerFull
@@ -117,6 +118,15 @@ class Arrivals:
         """Give an event to the watches of this engine."""
         base = tail.life.base
         self._router.feed.arrive(event.scope, base + event.number, lambda: state_event_of(entry_id, fields, base))
+
+    @property
+    def is_idle(self) -> bool:
+        """True if no trigger is registered. Events that were read before this was asked are for none."""
+        return not self._router.triggers.has_plain() and not self._interrupted
+
+    def pass_over(self, tail: Tail, scopes: Sequence[str], count: int) -> bool:
+        """Pass over the next `count` events of a stream, which are of these scopes. False if a watch wants them."""
+        return self._router.feed.pass_over(scopes, tail.life.base + tail.number + count)
 
     def begin_anew(self, life: Life, number: int, why: str) -> None:
         """The events go on behind this number, and those before are not complete: watches end with the reason."""

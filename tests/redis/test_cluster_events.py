@@ -126,6 +126,19 @@ def test_an_engine_sees_what_is_written_after_it_has_opened_and_nothing_before(
     assert {(event.scope, event.new_value) for event in events} == {(scope, "after") for scope in [*scopes, "new"]}
 
 
+def test_an_engine_without_triggers_follows_the_events_of_all_slots(cluster: Cluster, engines: Engines) -> None:
+    writer, idle = engines.open(cluster.nodes[0]), engines.open(cluster.nodes[1])
+    before = idle._router.feed.position
+    for number in range(60):
+        writer.set(f"s{number}", "k", number)
+    assert reader_of(idle).catch_up(60) is None
+    assert idle._router.feed.position == before + 60
+    seen = Seen(idle)
+    writer.set("s1", "k", "last")
+    assert [event.new_value for event in seen.wait_for_count(1)] == ["last"]
+    assert missed(idle) == 0
+
+
 def test_drain_waits_for_the_own_writes_in_all_slots_and_for_what_handlers_cause(
     replicated: Cluster, engines: Engines, prefix: str
 ) -> None:

@@ -109,6 +109,24 @@ def test_an_engine_hears_of_what_is_written_after_it_has_opened_and_of_nothing_b
     assert seen.numbers[-1] == 3
 
 
+def test_an_engine_without_triggers_follows_the_events_and_reports_those_that_are_missing(
+    valkey: Server, engines: Engines
+) -> None:
+    writer, idle = engines.open(valkey), engines.open(valkey)
+    reader: Any = idle._parts.backend.reader  # type: ignore[attr-defined]
+    for number in range(1, 301):
+        writer.set(f"s{number % 7}", "k", number)
+    wait_until(lambda: reader.number == 300, "every event")
+    assert missed(idle) == 0
+    valkey.ask("SET", COUNTER, "304")
+    valkey.ask("XADD", STREAM, "*", "n", "304", "s", "s", "k", "k", "v", "1")
+    wait_until(lambda: reader.number == 304, "the event after those that are missing")
+    assert missed(idle) == 3
+    seen = Seen(idle)
+    writer.set("s", "k", "last")
+    assert [event.new_value for event in seen.wait_for_count(1)] == ["last"]
+
+
 def test_only_the_triggers_that_match_see_an_event(valkey: Server, engines: Engines) -> None:
     writer = engines.open(valkey)
     reader = engines.open(valkey)
