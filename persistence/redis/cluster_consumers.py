@@ -23,6 +23,7 @@ from scopestate.persistence.redis.cluster_port import (
 )
 from scopestate.persistence.redis.consumers import PAGE, letters_of, named
 from scopestate.persistence.redis.consuming import Begin, Names, names_key
+from scopestate.persistence.redis.damage import number_in
 from scopestate.persistence.redis.history import store_key
 from scopestate.persistence.redis.keeping import LOOK_EVERY_S, Keeper, KeptPort
 from scopestate.persistence.redis.options import RedisOptions
@@ -245,7 +246,11 @@ class ClusterConsumers(Keeper):
         slots = self.reader.known_slots() if slots is None else slots
         shape = self.reader.shape
         replies = self._ask_all([(slot, ("HGET", store_key(shape.in_slot(slot)), "base")) for slot in slots])
-        return {slot: int(reply) for slot, reply in zip(slots, replies, strict=True) if reply is not None}
+        return {
+            slot: number_in(reply, store_key(shape.in_slot(slot)), self._lines.address_of(slot))
+            for slot, reply in zip(slots, replies, strict=True)
+            if reply is not None
+        }
 
     def _names(self, slot: int, consumer: str) -> Names:
         return Names(self.reader.shape.in_slot(slot), consumer, self.engine)

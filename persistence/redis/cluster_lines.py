@@ -11,6 +11,7 @@ from scopestate.errors import NotConnected, StorageError
 from scopestate.persistence.connections.connection import NOT_ALL, Broken
 from scopestate.persistence.redis.cluster import Clustered, ServerPool
 from scopestate.persistence.redis.connection import PASSING, Connection, Refusal, pack
+from scopestate.persistence.redis.damage import explain_refusal
 from scopestate.persistence.redis.port import Line, Place
 from scopestate.persistence.redis.script import explain, with_source
 
@@ -114,7 +115,7 @@ class Lines:
                     replies[at] = reply
                     continue
                 if reply.word not in {"NOSCRIPT", "MOVED", "ASK", *PASSING}:
-                    raise explain(reply, node.address, *_keys_of(command), waited=False)
+                    raise explain_refusal(reply, command, node.address, node.exchange)
                 refused.append((at, with_source(command) if reply.word == "NOSCRIPT" else command))
                 refusal = refusal or reply
             if refusal is None:

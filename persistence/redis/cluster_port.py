@@ -196,6 +196,8 @@ class ClusterPort(KeptPort):
         """Slot -> when to ask it. On the monotonic clock."""
         self._failed: dict[int, float] = {}
         """Slot -> until when it is left alone, because its server has failed."""
+        self._troubles: dict[int, str] = {}
+        """Slot -> why no events could be taken from it."""
         self._wake: Callable[[], object] = _nothing
         self._lost: Callable[[Sequence[int]], object] = _nothing
         self._started = False
@@ -407,10 +409,12 @@ class ClusterPort(KeptPort):
                         self._busy[slot] = port
         except StorageError as error:
             self._note_failure(slot, error)
+            self._troubles[slot] = f"slot {slot}: {error}"
             self._later[slot] = time.monotonic() + _AGAIN_S
             self.hub.ring()
             return []
         self._failed.pop(slot, None)
+        self._troubles.pop(slot, None)
         if port.next_wake:
             self._later[slot], port.next_wake = port.next_wake, 0.0
         if more and not self.stopping:
@@ -455,6 +459,10 @@ class ClusterPort(KeptPort):
     @property
     def next_wake(self) -> float:
         return min(list(self._later.values()), default=0.0)
+
+    @property
+    def trouble(self) -> str | None:
+        return next(iter(list(self._troubles.values())), None)
 
     @property
     def problem(self) -> str | None:

@@ -13,8 +13,9 @@ import msgspec
 from scopestate.actors.consuming import ConsumerPort, ConsumerStatus, DeadLetter
 from scopestate.ops.results import StateEvent
 from scopestate.ops.triggers import Trigger
-from scopestate.persistence.redis.connection import Connection, Refusal
+from scopestate.persistence.redis.connection import Connection, Refusal, pack
 from scopestate.persistence.redis.consuming import Begin, Names, names_key
+from scopestate.persistence.redis.damage import explain_refusal, number_in
 from scopestate.persistence.redis.entries import state_event_of
 from scopestate.persistence.redis.history import store_key
 from scopestate.persistence.redis.keeping import LOOK_EVERY_S, Keeper
@@ -148,17 +149,22 @@ class RedisConsumers(Keeper):
         yield from numbers.items()
 
     def _base(self) -> int:
+        key = store_key(self._place.shape)
         with self._visit() as connection:
-            return int(connection.call("HGET", store_key(self._place.shape), "base") or 0)
+            return number_in(connection.call("HGET", key, "base") or 0, key, self._place.address)
 
     def _do(self, command: tuple[Any, ...]) -> Any:
         with self._visit() as connection:
-            try:
-                return connection.call(*command)
-            except Refusal as refusal:
-                if refusal.word != "NOSCRIPT":
-                    raise
-                return connection.call(*with_source(command))
+            reply = connection.exchange(pack(command))
+            if type(reply) is Refusal and reply.word == "NOSCRIPT":
+                reply = connection.exchange(pack(with_source(command)))
+            if type(reply) is Refusal:
+
+                def ask(commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+                    return [connection.call(*one) for one in commands]
+
+                raise explain_refusal(reply, command, self._place.address, ask)
+            return reply
 
     # ------------------------------------------------------------------------------------------- the keeper's thread
 
@@ -191,18 +197,22 @@ def letters_of(name: str, rows: Sequence[Any], position_of: Callable[[int], int]
             log.error("the event of dead letter %s of consumer %r is gone", number, name)
             continue
         event.position = position_of(event.position)
-        died, attempts, first, details = letter.split(b" ", 3)
-        error, traceback = msgspec.json.decode(details)
+        try:
+            died, attempts, first = map(int, letter.split(b" ", 3)[:3])
+            error, traceback = msgspec.json.decode(letter.split(b" ", 3)[3], type=tuple[str, str])
+        except (ValueError, IndexError) as damage:
+            log.error("what Redis has of dead letter %s of consumer %r is damaged: %s", number, name, damage)  # noqa: TRY400 - the text says it all
+            died, attempts, first, error, traceback = 0, 0, 0, "what Redis has of this letter is damaged", ""
         yield DeadLetter(
             f"{name}:{event.position}",
             name,
             event,
-            int(attempts),
-            int(first),
-            int(died),
+            attempts,
+            first,
+            died,
             error,
             traceback,
-            int(replays),
+            int(replays) if replays.isdigit() else 0,
         )
 
 

@@ -58,10 +58,12 @@ local function dismiss(engine)
   local key, order, seen = it .. ':held:' .. engine, {}, {}
   for _, member in ipairs(call('ZRANGE', key, 0, -1)) do
     local lane = parts(member)
-    call('ZADD', parked, 0, member)
-    if not seen[lane] then
-      seen[lane] = true
-      order[#order + 1] = lane
+    if lane then
+      call('ZADD', parked, 0, member)
+      if not seen[lane] then
+        seen[lane] = true
+        order[#order + 1] = lane
+      end
     end
   end
   call('DEL', key)
@@ -78,21 +80,27 @@ local function forget(id)
   call('HDEL', copies, id)
   call('HDEL', letters, id .. ':n')
 end
+local function unpacked(copy)
+  local ok, fields = pcall(cmsgpack.unpack, copy)
+  return ok and type(fields) == 'table' and fields or nil
+end
 local function event_at(id)
   local entry = call('XRANGE', stream, id, id)[1]
   if entry then return entry[2] end
   local copy = call('HGET', copies, id)
-  return copy and cmsgpack.unpack(copy)
+  return copy and unpacked(copy)
 end
 local function copy(id)
   local entry = call('XRANGE', stream, id, id)[1]
   if entry then call('HSET', copies, id, cmsgpack.pack(entry[2])) end
 end
 local function exists() return call('EXISTS', it) == 1 end
-local function is_event(fields) return fields[1] == 'n' and fields[3] == 's' and fields[5] == 'k' end
+local function number_of(fields)
+  return fields[1] == 'n' and fields[3] == 's' and fields[5] == 'k' and tonumber(fields[2])
+end
 local function oldest()
   for _, entry in ipairs(call('XRANGE', stream, '-', '+', 'COUNT', 100)) do
-    if is_event(entry[2]) then return entry end
+    if number_of(entry[2]) then return entry end
   end
 end
 
@@ -135,8 +143,8 @@ function run.again()
   local known, rows = {}, {}
   for i = 4, #ARGV do known[ARGV[i]] = true end
   for _, member in ipairs(call('ZRANGE', mine, 0, -1)) do
-    if not known[member] then
-      local _, _, id = parts(member)
+    local _, _, id = parts(member)
+    if id and not known[member] then
       rows[#rows + 1] = row_of(member, id, event_at(id) or {}, call('HGET', tried, id))
     end
   end
@@ -167,11 +175,26 @@ local function lane_of(order, id, fields)
   if order == 'none' then return id end
   return '0'
 end
+-- The last number that the consumer has read. If what is kept there is damaged, no event counts as lost.
+local function last_read()
+  return tonumber(call('HGET', it, 'number') or '') or tonumber(call('GET', counter) or '') or 0
+end
 -- What an engine does shows that it lives. Replies 1 if it was taken for dead, or is new.
 local function renew(wait)
   local known = call('ZSCORE', engines, me)
+  -- Its entry alone may be gone, if somebody has deleted it: the engine no longer knows what it holds.
+  if not known then dismiss(me) end
   call('ZADD', engines, now + wait, me)
   return known and 0 or 1
+end
+
+-- The id of the last entry of the stream that was taken, and the number of its event; the entry that is being taken.
+-- Used if the script fails between: see the end.
+local taken, taken_number, taking
+local function before_id(id)
+  local ms, seq = match(id, '^(%d+)-(%d+)$')
+  if seq ~= '0' then return ms .. '-' .. format('%.0f', seq - 1) end
+  return format('%.0f', ms - 1) .. '-18446744073709551615'
 end
 
 -- wait, most, order, scope, key, scopes, keys, kinds: give this engine up to so many events. wait: how long what it
@@ -200,12 +223,13 @@ function run.fetch()
       local given = 0
       for _, member in ipairs(first_of(lane, room - count)) do
         local _, number, id = parts(member)
-        local fields = event_at(id)
-        call('ZREM', parked, member)
+        local fields, text = event_at(id), call('HGET', tried, id)
         if fields then
-          give(member, id, number, fields, call('HGET', tried, id))
+          give(member, id, number, fields, text)
           given = given + 1
-        else
+        end
+        call('ZREM', parked, member)
+        if not fields then
           forget(id)
           lost = lost + 1
         end
@@ -218,7 +242,8 @@ function run.fetch()
       end
       if count >= room then break end
     end
-    local number, scanned = tonumber(call('HGET', it, 'number')), 0
+    local number, scanned = last_read(), 0
+    taken_number = number
     local some = call('ZCARD', parked)
     while count < room and scanned < 1000 do
       local reply = redis.pcall(
@@ -232,8 +257,9 @@ function run.fetch()
       scanned = scanned + #entries
       for _, entry in ipairs(entries) do
         local id, fields = entry[1], entry[2]
-        if is_event(fields) then
-          local this = tonumber(fields[2])
+        taking = id
+        local this = number_of(fields)
+        if this then
           if this > number + 1 then lost = lost + this - number - 1 end
           number = this
           if wanted(fields) then
@@ -246,18 +272,19 @@ function run.fetch()
               call('ZADD', parked, 0, member)
               some = some + 1
             else
-              call('HSET', lanes, lane, me .. ' ' .. (is_mine and match(owner, ' (%d+)$') + 1 or 1))
               give(member, id, this, fields)
+              call('HSET', lanes, lane, me .. ' ' .. (is_mine and tonumber(match(owner, ' (%d+)$') or 0) + 1 or 1))
             end
           end
         end
+        taken, taken_number = id, number
       end
     end
     replies[6] = format('%d', number)
     call('HSET', it, 'number', replies[6])
     if count >= room or scanned >= 1000 then more = 1 end
   end
-  if lost > 0 then call('HINCRBY', it, 'lost', lost) end
+  if lost > 0 then redis.pcall('HINCRBY', it, 'lost', lost) end
   replies[3], replies[5] = lost, more
   local next = nil
   for _, key in ipairs({replies[2] == '' and ready or engines, engines}) do
@@ -303,8 +330,8 @@ function run.ended()
       if parts(other) == lane then others[#others + 1] = other end
     end
     for _, other in ipairs(others) do
-      call('ZREM', mine, other)
       call('ZADD', parked, 0, other)
+      call('ZREM', mine, other)
       back[#back + 1] = other
     end
     call('HDEL', lanes, lane)
@@ -342,7 +369,8 @@ function run.ended()
           else
             leave(lane)
           end
-          if call('ZCARD', dead) >= tonumber(call('HGET', it, 'dead') or 0) and call('HEXISTS', it, 'paused') == 0 then
+          local most = tonumber(call('HGET', it, 'dead') or '') or math.huge
+          if call('ZCARD', dead) >= most and call('HEXISTS', it, 'paused') == 0 then
             call('HSET', it, 'paused', 'dead')
           end
         end
@@ -364,8 +392,8 @@ function run.status()
   for _, engine in ipairs(rows) do held = held + call('ZCARD', it .. ':held:' .. engine) end
   local of_it = call('HMGET', it, 'number', 'paused', 'lost')
   local first = call('ZRANGE', open, 0, 0)[1]
-  local at = first and tonumber(match(first, '^%d+')) or 0
-  if at == 0 and tonumber(of_it[1]) < tonumber(call('GET', counter) or 0) then
+  local at, number = first and tonumber(match(first, '^%d+') or '') or 0, last_read()
+  if at == 0 and number < tonumber(call('GET', counter) or 0) then
     for _, row in ipairs(call('XINFO', 'GROUPS', stream)) do
       if row[2] == group then
         local last
@@ -376,15 +404,15 @@ function run.status()
     end
   end
   local head = call('ZRANGE', ready, 0, 0, 'WITHSCORES')
-  return {of_it[1], call('GET', counter) or '0', of_it[2] or '', of_it[3] or '0', held, call('ZCARD', parked),
-    call('ZCARD', dead), #rows, format('%d', at), format('%d', now), head[2] or '0'}
+  return {format('%d', number), call('GET', counter) or '0', of_it[2] or '', of_it[3] or '0', held,
+    call('ZCARD', parked), call('ZCARD', dead), #rows, format('%d', at), format('%d', now), head[2] or '0'}
 end
 
 -- reason: pause the consumer; '': resume it. Replies 0 if there is none, else 1 and the events lost so far, which are
 -- told once.
 function run.pause()
   if not exists() then return {0, 0} end
-  local lost = call('HGET', it, 'lost') or 0
+  local lost = tonumber(call('HGET', it, 'lost') or '') or 0
   if ARGV[4] ~= '' then
     call('HSET', it, 'paused', ARGV[4])
   else
@@ -396,7 +424,7 @@ end
 -- Forget the consumer with all that is kept of it. Without any consumer the stream is bounded by number again.
 function run.forget()
   local known = exists()
-  for _, engine in ipairs(call('ZRANGE', engines, 0, -1)) do call('DEL', it .. ':held:' .. engine) end
+  for _, engine in ipairs(redis.pcall('ZRANGE', engines, 0, -1)) do call('DEL', it .. ':held:' .. engine) end
   call('DEL', it, engines, lanes, parked, ready, tried, open, copies, letters, dead)
   redis.pcall('XGROUP', 'DESTROY', stream, group)
   call('HDEL', names, group)
@@ -429,15 +457,18 @@ function run.trim()
     local here = positions[name]
     if here then
       while copied < 500 do
-        local first = call('ZRANGE', its .. ':open', 0, 0, 'WITHSCORES')
+        -- A consumer whose keys are damaged must not keep the others' events from being trimmed.
+        local first = redis.pcall('ZRANGE', its .. ':open', 0, 0, 'WITHSCORES')
         if not first[1] or tonumber(first[2]) > counted - keep then break end
-        local entry = call('XRANGE', stream, first[1], first[1])[1]
-        if entry then call('HSET', its .. ':copies', first[1], cmsgpack.pack(entry[2])) end
+        local entries = redis.pcall('XRANGE', stream, first[1], first[1])
+        local entry = entries[1]
+        local done = entry and redis.pcall('HSET', its .. ':copies', first[1], cmsgpack.pack(entry[2]))
+        if type(done) == 'table' then break end
         call('ZREM', its .. ':open', first[1])
         copied = copied + 1
       end
-      local first = call('ZRANGE', its .. ':open', 0, 0)[1]
-      if first and before(first, here) then here = first end
+      local first = redis.pcall('ZRANGE', its .. ':open', 0, 0)[1]
+      if first and match(first, '^%d+-%d+$') and before(first, here) then here = first end
       if not last or before(here, last) then last = here end
     end
   end
@@ -452,14 +483,15 @@ function run.letters()
     local letter, event = call('HGET', letters, id), call('HGET', copies, id)
     if letter then
       local number, replays = call('ZSCORE', dead, id), call('HGET', letters, id .. ':n') or '0'
-      found[#found + 1] = {number, id, letter, event and cmsgpack.unpack(event) or {}, replays}
+      found[#found + 1] = {number, id, letter, event and unpacked(event) or {}, replays}
     end
   end
   return found
 end
 
 local function unblock(id, member)
-  local lane = parts(member)
+  local lane = parts(member or '')
+  if not lane then return end
   if call('HGET', lanes, lane) == '! ' .. id then call('HDEL', lanes, lane) end
   if not call('HGET', lanes, lane) then release(lane) end
 end
@@ -472,7 +504,7 @@ local function chosen()
   local ids = {}
   if what == 'before' then
     for _, id in ipairs(call('ZRANGE', dead, 0, -1)) do
-      if tonumber(match(call('HGET', letters, id), '^%d+')) < tonumber(ARGV[6]) then ids[#ids + 1] = id end
+      if tonumber(match(call('HGET', letters, id) or '', '^%d+') or 0) < tonumber(ARGV[6]) then ids[#ids + 1] = id end
     end
     return ids
   end
@@ -482,20 +514,23 @@ local function chosen()
   return ids
 end
 function run.replay()
-  local ids = chosen()
-  for _, id in ipairs(ids) do
+  local count = 0
+  for _, id in ipairs(chosen()) do
     local member = call('HGET', letters, id .. ':m')
-    if ARGV[5] == '0' then
-      local attempts, first = match(call('HGET', letters, id), '^%d+ (%d+) (%d+)')
-      call('HSET', tried, id, attempts .. ' ' .. first .. ' 0 ')
+    if member and parts(member) then
+      if ARGV[5] == '0' then
+        local attempts, first = match(call('HGET', letters, id) or '', '^%d+ (%d+) (%d+)')
+        if attempts then call('HSET', tried, id, attempts .. ' ' .. first .. ' 0 ') end
+      end
+      call('ZADD', parked, 0, member)
+      call('ZREM', dead, id)
+      call('HDEL', letters, id, id .. ':m')
+      redis.pcall('HINCRBY', letters, id .. ':n', 1)
+      unblock(id, member)
+      count = count + 1
     end
-    call('HDEL', letters, id, id .. ':m')
-    call('HINCRBY', letters, id .. ':n', 1)
-    call('ZREM', dead, id)
-    call('ZADD', parked, 0, member)
-    unblock(id, member)
   end
-  return #ids
+  return count
 end
 function run.purge()
   local ids = chosen()
@@ -509,7 +544,14 @@ function run.purge()
   return #ids
 end
 
-return run[operation]()
+local ok, reply = pcall(run[operation])
+if ok then return reply end
+-- What was taken from the stream and not entered anywhere is taken again, once the key that is wrong was put right.
+if taking then
+  redis.pcall('XGROUP', 'SETID', stream, group, taken or before_id(taking))
+  redis.pcall('HSET', it, 'number', format('%d', taken_number))
+end
+return type(reply) == 'table' and reply or redis.error_reply('ERR ' .. reply)
 """
 )
 

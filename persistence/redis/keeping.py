@@ -50,6 +50,11 @@ class KeptPort(ConsumerPort):
 
     @property
     @abstractmethod
+    def trouble(self) -> str | None:
+        """Why its events wait, if Redis refuses what it asks for, as text."""
+
+    @property
+    @abstractmethod
     def lost(self) -> int:
         """Events that were gone before the consumer got them, as far as this engine has noticed."""
 
@@ -145,6 +150,8 @@ class Keeper(Consumers):
         if self._why_not is not None:
             return f"durable triggers wait: {self._why_not}"
         for port in list(self._ports):
+            if port.trouble is not None:
+                return f"the events of consumer {port.name!r} wait: {port.trouble}"
             if port.problem is not None:
                 return f"{port.problem}; resume it when you have read this"
         if self._alone:

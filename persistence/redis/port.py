@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Final
 
 import msgspec
@@ -23,10 +25,11 @@ from scopestate.ops.triggers import Trigger
 from scopestate.persistence.connections.connection import NOT_ALL, Broken, Target
 from scopestate.persistence.redis.connection import Connection, Refusal, pack
 from scopestate.persistence.redis.consuming import Begin, Names
+from scopestate.persistence.redis.damage import explain_refusal, number_in
 from scopestate.persistence.redis.entries import state_event_of
 from scopestate.persistence.redis.history import store_key
 from scopestate.persistence.redis.keeping import KeptPort
-from scopestate.persistence.redis.script import Shape, explain, with_source
+from scopestate.persistence.redis.script import Shape, with_source
 
 log = logging.getLogger("scopestate.persistence.redis")
 
@@ -36,6 +39,8 @@ LONGEST_BEAT_S: Final = 1.0
 """How long a change of another engine (a pause, a replay) may go unnoticed here."""
 _MOST_OUTCOMES: Final = 1000
 """The most outcomes in one command."""
+REFUSED_S: Final = 1.0
+"""Pause after an operation that Redis has refused."""
 _MARKS: Final = 1 << 60
 _REASONS: Final = {"dead": "its list of dead letters is full (max_dead): replay or purge them, then resume it"}
 """The reason of a pause as it is kept in Redis -> its description."""
@@ -107,14 +112,7 @@ class Line:
             if connection is None:
                 connection = self._place.target.dial()
                 connection.wait_at_most(self._place.patience_s)
-            connection.send(b"".join([pack(command) for command in commands]))
-            replies: list[Any] = []
-            while len(replies) < len(commands):
-                reply = connection.next_reply()
-                if reply is NOT_ALL:
-                    connection.receive()
-                else:
-                    replies.append(reply)
+            replies = _replies(connection, commands)
             for i, command in enumerate(commands):
                 if type(replies[i]) is Refusal and replies[i].word == "NOSCRIPT":
                     replies[i] = connection.exchange(pack(with_source(command)))
@@ -124,12 +122,27 @@ class Line:
             if connection is not None:
                 connection.close()
             raise
-        for reply in replies:
+        for command, reply in zip(commands, replies, strict=True):
             if type(reply) is Refusal:
-                connection.close()
-                raise explain(reply, self._place.address, self._place.shape.stream, waited=False)
+                try:
+                    raise explain_refusal(reply, command, self._place.address, partial(_replies, connection))
+                finally:
+                    connection.close()
         self._connection = connection
         return replies
+
+
+def _replies(connection: Connection, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """Send commands and return their replies, which may be Refusals. Raises Broken."""
+    connection.send(b"".join([pack(command) for command in commands]))
+    replies: list[Any] = []
+    while len(replies) < len(commands):
+        reply = connection.next_reply()
+        if reply is NOT_ALL:
+            connection.receive()
+        else:
+            replies.append(reply)
+    return replies
 
 
 class RedisPort(KeptPort):
@@ -138,6 +151,7 @@ class RedisPort(KeptPort):
     notes_at_once = NOTES_AT_ONCE
     next_beat = next_wake = 0.0
     problem: str | None = None
+    trouble: str | None = None
     lost = 0
 
     def __init__(
@@ -186,6 +200,8 @@ class RedisPort(KeptPort):
         self._outcomes: list[tuple[int, tuple[Any, ...]]] = []
         self._pace = Pace()
         self._pause = ""
+        self._refused_s = -math.inf
+        """When Redis refused an operation. On the monotonic clock."""
         self._is_full = self._has_failed = False
         """True: the last call of `fetch` found no room; an operation has failed, and the runtime may wait for it."""
 
@@ -195,7 +211,7 @@ class RedisPort(KeptPort):
         """Make the consumer if there is none. Raises StorageError."""
         trigger = self._trigger
         store, made = self._ask(*self._joining(begin, trigger))[-2:]
-        self._base = int(store)
+        self._base = self._base_in(store)
         if made == 2:
             self._report_loss("its group was gone")
 
@@ -341,8 +357,10 @@ class RedisPort(KeptPort):
             self.next_beat = time.monotonic() + self.beat_s
             if self.stopping:
                 self._give_back()
-            may_go_on = self._has_failed or (self._is_full and self._room() > 0)
-            self._has_failed = False
+            # An operation of another kind may be refused again at once, although this one was not.
+            is_early = time.monotonic() - self._refused_s < REFUSED_S
+            may_go_on = (self._has_failed and not is_early) or (self._is_full and self._room() > 0)
+            self._has_failed = self._has_failed and is_early
         if may_go_on:
             self._wake()
 
@@ -368,7 +386,10 @@ class RedisPort(KeptPort):
     def _ask(self, *commands: tuple[Any, ...]) -> list[Any]:
         try:
             return self._line.ask(*commands)
-        except StorageError:
+        except StorageError as error:
+            if type(error.__cause__) is Refusal:
+                self._refused_s = time.monotonic()
+                self.trouble = str(error)
             self._has_failed = True
             self._ring()
             raise
@@ -416,12 +437,17 @@ class RedisPort(KeptPort):
             (rows,) = self._ask(names.again(list(self._held.values())))
             self._breaks = breaks
             found = self._taken(rows)
-        (reply,) = self._ask(names.fetch(self._wait_ms, most, trigger.order, trigger))
+        try:
+            (reply,) = self._ask(names.fetch(self._wait_ms, most, trigger.order, trigger))
+        except StorageError:
+            self._breaks = -1  # a script that has failed may have given it events
+            raise
         if self._line.breaks != self._breaks:
             return found, True  # the reply to the first attempt was lost, together with its events
         if reply == b"gone":
             self._lost(self._begin_anew())
             return [], True
+        self.trouble = None
         is_new, pause, lost, wait_ms, more, number = reply[:6]
         self._number = int(number)
         if is_new:
@@ -528,7 +554,7 @@ class RedisPort(KeptPort):
         self._outcomes.clear()
         self._lives += 1
         (base,) = self._ask(("HGET", store_key(self._place.shape), "base"))
-        if base is not None and int(base) == self._base and self._was_forgotten():
+        if base is not None and self._base_in(base) == self._base and self._was_forgotten():
             log.warning(
                 "consumer %r was forgotten by another engine, and starts again because its trigger is here", self.name
             )
@@ -536,7 +562,7 @@ class RedisPort(KeptPort):
             return positions
         self._report_loss("it was gone because Redis was flushed")
         _, base, _ = self._ask(*self._joining(Begin("earliest"), self._trigger))
-        self._base = int(base)
+        self._base = self._base_in(base)
         return positions
 
     def _was_forgotten(self) -> bool:
@@ -546,10 +572,13 @@ class RedisPort(KeptPort):
     def _look_at_base(self) -> None:
         """This engine counts as new: Redis may have been flushed, and another engine have made the consumer again."""
         (base,) = self._ask(("HGET", store_key(self._place.shape), "base"))
-        if base is not None and int(base) != self._base:
-            self._base = int(base)
+        if base is not None and self._base_in(base) != self._base:
+            self._base = self._base_in(base)
             self._lives += 1
             self._report_loss("it was gone because Redis was flushed")
+
+    def _base_in(self, reply: Any) -> int:
+        return number_in(reply, store_key(self._place.shape), self._place.address)
 
     def _report_loss(self, what: str, count: int = 0) -> None:
         self.lost += count

@@ -322,6 +322,17 @@ _MEANINGS: Final[dict[str, str]] = {
 }
 
 
+def code_of(refusal: Refusal) -> str:
+    """Return the code of a refusal, such as `WRONGTYPE`."""
+    word, text = refusal.word, refusal.text
+    if word == "ERR":
+        # If a command within a script fails, Redis 6 puts the error's code later in the text.
+        word = next((known for known in _MEANINGS if f" {known} " in text), word)
+        if "ACL failure in script" in text:
+            word = "NOPERM"
+    return word
+
+
 def explain(
     refusal: Refusal, address: str, *keys: bytes | str, nothing: str = _NOTHING, waited: bool = True
 ) -> StorageError:
@@ -330,12 +341,7 @@ def explain(
     `keys`: the keys of the command, if it has any; the server does not say which of them it means. `nothing`: what has
     not happened, "" for a read. `waited`: the command was retried for `call_timeout_ms`, if waiting could help.
     """
-    word, text = refusal.word, refusal.text
-    if word == "ERR":
-        # If a command within a script fails, Redis 6 puts the error's code later in the text.
-        word = next((known for known in _MEANINGS if f" {known} " in text), word)
-        if "ACL failure in script" in text:
-            word = "NOPERM"
+    word, text = code_of(refusal), refusal.text
     names = [repr(key if isinstance(key, str) else key.decode(errors="replace")) for key in keys]
     clause = f"; {nothing}" if nothing else ""
     if word in PASSING:
