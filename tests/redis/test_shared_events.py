@@ -319,9 +319,9 @@ def test_a_connection_that_breaks_while_a_flush_is_noticed_loses_neither_the_rep
         reader.close()
 
 
-def test_own_events_that_a_restart_lost_before_they_were_read_are_reported_and_drain_ends(
-    start_server: StartServer, engines: Engines
-) -> None:
+@pytest.fixture
+def lost_end(start_server: StartServer, engines: Engines) -> tuple[Engine, Seen]:
+    """An engine whose server has lost events 9 to 19 in a restart; the gate of its handler is closed."""
     server = start_server()
     engine = engines.open(server, limits={"handler_mailbox": 1})
     seen = Seen(engine)
@@ -334,6 +334,13 @@ def test_own_events_that_a_restart_lost_before_they_were_read_are_reported_and_d
         engine.set("s", f"k{number}", number)
     server.kill()
     server.start()
+    return engine, seen
+
+
+def test_own_events_that_a_restart_lost_before_they_were_read_are_reported_and_drain_ends(
+    lost_end: tuple[Engine, Seen],
+) -> None:
+    engine, seen = lost_end
     seen.gate.set()
     engine.drain(20)
     assert seen.numbers == list(range(1, 9))
@@ -346,20 +353,9 @@ def test_own_events_that_a_restart_lost_before_they_were_read_are_reported_and_d
 
 
 def test_lost_events_are_reported_if_later_ones_have_their_numbers_before_the_reader_looks(
-    start_server: StartServer, engines: Engines
+    lost_end: tuple[Engine, Seen],
 ) -> None:
-    server = start_server()
-    engine = engines.open(server, limits={"handler_mailbox": 1})
-    seen = Seen(engine)
-    seen.gate.clear()
-    for number in range(1, 9):
-        engine.set("s", f"k{number}", number)
-    wait_until(lambda: engine._parts.router.backlog.blocked.value() > 0, "a reader that waits for room")
-    server.ask("SAVE")
-    for number in range(9, 20):
-        engine.set("s", f"k{number}", number)
-    server.kill()
-    server.start()
+    engine, seen = lost_end
     set_patiently(engine, "s", "k", 100)
     for number in range(101, 130):
         engine.set("s", "k", number)
