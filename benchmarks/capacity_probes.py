@@ -121,6 +121,8 @@ def _kept(folder: str, durability: str = "interval", rule: Mapping[str, Any] | N
 def engines(kind: str, place: str, count: str, idle_s: str) -> Findings:
     """Open engines in one process, each with one key; then let them do nothing.
 
+    Each figure but `opened` and `process_bytes` is for one of those that opened.
+
     `kind`: memory, file (a directory for each), follower (all of one directory, which another process owns), redis,
     shared (redis with `events: shared`), cluster (the same in a cluster). `place`: a folder, or the URLs of servers.
     """
@@ -172,7 +174,7 @@ def engines(kind: str, place: str, count: str, idle_s: str) -> Findings:
             except (ScopestateError, OSError, RuntimeError) as error:
                 failed = str(error)
                 break
-        each_s = (time.perf_counter() - began) / int(count)
+        open_s = time.perf_counter() - began
         if failed:
             print(f"{kind}: stopped at {len(opened)} engines: {failed}", file=sys.stderr)
         after = process.num_fds(), process.num_threads(), _resident(), *elsewhere()
@@ -181,17 +183,18 @@ def engines(kind: str, place: str, count: str, idle_s: str) -> Findings:
         began = time.perf_counter()
         for engine in opened:
             engine.close()
-        close_s = (time.perf_counter() - began) / int(count)
-        grown = [(new - old) / int(count) for old, new in zip(before, after, strict=True)]
+        close_s = time.perf_counter() - began
+    many = max(1, len(opened))
+    grown = [(new - old) / many for old, new in zip(before, after, strict=True)]
     names = ("fds", "threads", "bytes", "there_fds", "there_threads", "there_bytes")
     found = {
         "opened": len(opened),
         "first_s": first_s,
-        "open_s": each_s,
-        "close_s": close_s,
+        "open_s": open_s / many,
+        "close_s": close_s / many,
         "process_bytes": before[2],
     }
-    return {**found, **dict(zip(names, grown, strict=True)), **{name: each / int(count) for name, each in idle.items()}}
+    return {**found, **dict(zip(names, grown, strict=True)), **{name: each / many for name, each in idle.items()}}
 
 
 # -------------------------------------------------------------------------------------------------------------- scopes
