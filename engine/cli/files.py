@@ -55,10 +55,10 @@ def output(to: str, reader: Reader) -> Iterator[Output]:
     path = os.path.realpath(expand_home(to))
     if status is not None and isinstance(reader, StoreReader) and reader.is_own_file(path):
         raise StorageError(f"{to} is a file of the store that is exported; write to another one")
-    # Names below /dev and /proc may stand for open files, as does a file that is standard output.
+    # These names stand for open files, as does a file that is standard output.
     if status is not None and (
         not stat.S_ISREG(status.st_mode)
-        or to.startswith(("/dev/", "/proc/"))
+        or to.startswith(("/dev/fd/", "/dev/std", "/proc/"))
         or (sys.stdout is not None and _is_same(status, sys.stdout))
     ):
         with _opened_directly(to, status) as write:

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from commands import PATIENCE_S, Program, Run
@@ -137,6 +138,16 @@ def test_a_link_is_followed_and_the_file_keeps_its_mode(cli: Run, store: Path, t
     assert keys_in((tmp_path / "there" / "new.jsonl").read_text()) == ["k"]
     assert "overwriting" not in new.err
     assert sorted(path.name for path in (tmp_path / "there").iterdir()) == ["new.jsonl", "real.jsonl"]
+
+
+def test_a_longer_file_in_memory_is_replaced_whole(cli: Run, store: Path) -> None:
+    with TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
+        file = Path(folder) / "export.jsonl"
+        file.write_text("old " * 1000)
+
+        assert cli("store", "export", str(store), str(file)).code == 0
+
+        assert keys_in(file.read_text()) == ["k"]
 
 
 def test_files_of_the_store_itself_are_refused(cli: Run, store: Path, tmp_path: Path) -> None:

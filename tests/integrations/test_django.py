@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import shutil
 import subprocess
@@ -125,7 +126,7 @@ def fetch_tests(folder: Path) -> None:
 def test_djangos_own_tests_of_caches_pass(tmp_path: Path) -> None:
     """Without the few that pickle what no cache of ours holds; with Django's own serializer those too."""
     tests = kept(f"django-{django.__version__}", fetch_tests) / "tests"
-    ours = tmp_path / "test_state.py"
+    ours = tests / "cache" / f"test_state.py.{os.getpid()}"  # not below `tmp_path`, which may be on another disk
     ours.write_text(SUITE)
     ours.replace(tests / "cache" / "test_state.py")
 
