@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -12,7 +13,15 @@ from typer.core import TyperGroup
 import scopestate
 from scopestate.cli.arguments import usage_error
 from scopestate.cli.commands import OUTLINES, Outline
-from scopestate.cli.terminal import EXIT_CODES, Exit, errors_to_exit_codes, out, prepare_output, standard_output
+from scopestate.cli.terminal import (
+    EXIT_CODES,
+    Exit,
+    errors_to_exit_codes,
+    let_go,
+    out,
+    prepare_output,
+    standard_output,
+)
 
 
 class Commands(TyperGroup):
@@ -108,7 +117,10 @@ def main() -> None:
     """Run the command line. The entry point of the console script."""
     prepare_output()
     # With the fixed name that shell completion expects; under `python -m scopestate` it would differ.
-    app(prog_name="scopestate")
+    try:
+        app(prog_name="scopestate")
+    except BrokenPipeError:  # of a completion: the shell has gone on. Commands handle their own.
+        let_go(sys.stdout)
 
 
 if __name__ == "__main__":

@@ -142,6 +142,25 @@ def complete(shell: str, line: str, home: Path) -> str:
     return done.stdout
 
 
+def test_a_shell_that_no_longer_reads_a_completion_gets_no_traceback() -> None:
+    asked = {"_SCOPESTATE_COMPLETE": "complete_bash", "COMP_WORDS": "scopestate ", "COMP_CWORD": "1"}
+    nobody_reads, writing = os.pipe()
+    os.close(nobody_reads)
+    try:
+        done = subprocess.run(
+            [str(BIN / "scopestate")],
+            stdout=writing,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=PATIENCE_S,
+            env=os.environ | asked,
+            check=False,
+        )
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("shell", shells())
 def test_a_shell_completes_commands_and_options(shell: str, tmp_path: Path) -> None:
     commands = complete(shell, "scopestate dea", tmp_path)
