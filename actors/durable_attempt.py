@@ -147,7 +147,7 @@ def pause_of(error: BaseException, retry: Retry, attempt: int, random: float, *,
 
 def text_of(error: BaseException) -> str:
     """Return class and text of an error, as dead letters keep it."""
-    return f"{class_name(error)}: {described(error)}"[:LONGEST_TEXT]
+    return _as_unicode(f"{class_name(error)}: {described(error)}"[:LONGEST_TEXT])
 
 
 def traceback_of(error: BaseException) -> str:
@@ -158,4 +158,9 @@ def traceback_of(error: BaseException) -> str:
         text = "".join(traceback.format_exception(error))
     except Exception:  # noqa: BLE001 - it may call code of the error's class, and of those that it was caused by
         text = "".join(traceback.format_tb(error.__traceback__))
-    return text[-LONGEST_TEXT:]
+    return _as_unicode(text[-LONGEST_TEXT:])
+
+
+def _as_unicode(text: str) -> str:
+    # The name of a file, in the text of an OSError, may have lone surrogates. No store or connection takes them.
+    return text.encode(errors="backslashreplace").decode()

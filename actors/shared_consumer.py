@@ -454,10 +454,12 @@ class SharedConsumer:
             self._early.ended.extend(outcomes)
             return list(outcomes), []
         count, failed = [], []
+        known: set[int] = set()
         for outcome in outcomes:
             hold = holder.holds.get(outcome.position)
-            if hold is None:
+            if hold is None or outcome.position in known:
                 continue
+            known.add(outcome.position)
             if outcome.verdict in ("dead", "held") and outcome.event is None:
                 outcome = msgspec.structs.replace(outcome, event=hold.item.event)  # noqa: PLW2901 - as it counts
             count.append(outcome)

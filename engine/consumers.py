@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from scopestate.actors.consuming import BY_THE_PROGRAM, Consumers, ConsumerStatus, DeadLetter
 from scopestate.errors import DeserializationError, InvalidRegistration, Unsupported
+from scopestate.ops.turns import checked_name
 from scopestate.ops.values import class_name
 
 if TYPE_CHECKING:
@@ -42,10 +43,12 @@ class _Access:
         return [] if found is None else found.statuses()
 
     def _act(self, name: str, action: Callable[[Consumers], bool]) -> None:
+        checked_name("consumer", name)
         if not action(self._consumers()):
             raise InvalidRegistration(f"there is no consumer {name!r}; `engine.consumers()` lists them")
 
     def _pause(self, name: str, why: str) -> None:
+        checked_name("reason", why)
         self._act(name, lambda consumers: consumers.pause(name, why))
 
     def _resume(self, name: str) -> None:
@@ -116,7 +119,7 @@ class AioEngineConsumers(_Access):
 class _Letters(_Access):
     def __init__(self, engine: Engine, consumer: str | None) -> None:
         super().__init__(engine)
-        self._consumer = consumer
+        self._consumer = None if consumer is None else checked_name("consumer", consumer)
 
     def __repr__(self) -> str:
         whose = "all" if self._consumer is None else repr(self._consumer)
@@ -125,10 +128,13 @@ class _Letters(_Access):
     def _page(self, limit: int, after: str | None) -> builtins.list[DeadLetter]:
         if type(limit) is not int or limit < 1:
             raise DeserializationError(f"`limit` is a whole number of 1 or more, not {limit!r:.40}")
+        if after is not None:
+            checked_name("letter's id", after)
         found = self._found()
         return [] if found is None else found.letters(self._consumer, limit, after)
 
     def _one(self, letter_id: str) -> DeadLetter | None:
+        checked_name("letter's id", letter_id)
         found = self._found()
         letter = None if found is None else found.letter(letter_id)
         return letter if letter is None or self._consumer in (None, letter.consumer) else None
@@ -166,6 +172,7 @@ def _chosen(
     for one in chosen:
         if not isinstance(one, str):
             raise DeserializationError(f"the id of a dead letter is a string, not {class_name(one)}")
+        checked_name("letter's id", one)
     return chosen
 
 

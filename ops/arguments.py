@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from scopestate.errors import DeserializationError
+from scopestate.errors import DeserializationError, InvalidCursor
 from scopestate.ops import messages
 from scopestate.ops.apply import MISSING
 from scopestate.ops.callbacks import Runner, refuse_callback
@@ -325,6 +325,8 @@ def page_turn(limit: int = PAGE_KEYS, cursor: str | None = None, **bounds: Any) 
         raise DeserializationError("a page has a limit: leave `limit` out for the usual one")
     if cursor is not None and not isinstance(cursor, str):
         raise DeserializationError(f"a cursor is a string, not {class_name(cursor)}")
+    if cursor is not None and not cursor.isascii():
+        raise InvalidCursor("damaged")
     within = range_of("pages()", limit=checked_limit("limit", limit, 1), **bounds)
     return ReadPage(within, cursor=cursor)
 

@@ -107,8 +107,8 @@ class Join(msgspec.Struct, omit_defaults=True):
     """Begin to take the events of a consumer, which is created if it does not exist."""
 
     consumer: str
-    holder: str
-    """The name of the engine: a text that no other engine uses."""
+    holder: Annotated[str, Meta(min_length=1, max_length=256)]
+    """The name of the engine: a text that no other engine uses. Not empty: that is the engine that has the store."""
     trigger_id: str
     function_id: str
     config: dict[str, Any]

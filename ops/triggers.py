@@ -315,7 +315,17 @@ def _text(value: object) -> str:
     # Not by isinstance, which believes the `__class__` of a mock.
     if not issubclass(type(value), str):
         raise Misfit(f"is a string or null, not {json_type(value)}")
-    return str.__str__(cast(str, value))  # the plain string that a subclass holds
+    return _character_text(str.__str__(cast(str, value)))  # the plain string that a subclass holds
+
+
+def _character_text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        # No scope or key is equal to it, and it cannot be sent to another engine.
+        problem = f"has half of a surrogate pair at index {error.start} of {text!r:.80}, which is not a character"
+        raise Misfit(problem) from None
+    return text
 
 
 def _name(value: object) -> str:
@@ -348,7 +358,7 @@ def _field_names(fields: object) -> tuple[str, ...]:
     for name in fields:
         if not issubclass(type(name), str):
             raise Misfit(f"has {json_type(name)}: each is the name of a top-level field")
-        names.append(str.__str__(name))
+        names.append(_character_text(str.__str__(name)))
     return tuple(sorted(set(names)))
 
 

@@ -15,6 +15,7 @@ from msgspec import Raw
 
 from scopestate.actors.backlog import size_of
 from scopestate.actors.consuming import Outcome
+from scopestate.actors.durable_attempt import LONGEST_TEXT
 from scopestate.actors.holders import Holder
 from scopestate.errors import (
     ConfigError,
@@ -302,7 +303,7 @@ class Deliveries:
         shared, holder = place.shared, place.holder
         noted = handed.Noted()
         if asked.ended:
-            shared.ended(holder, [Outcome(**msgspec.structs.asdict(one)) for one in asked.ended])
+            shared.ended(holder, [_outcome(one) for one in asked.ended])
         if asked.began:
             noted.gone = shared.began(holder, asked.began, asked.serial)
         if asked.flush:
@@ -355,6 +356,12 @@ def _is_gone(place: _Place) -> bool:
     except OSError:
         return False  # the process belongs to another user
     return False
+
+
+def _outcome(told: handed.HandedOutcome) -> Outcome:
+    # The texts are as long as the other engine makes them, and are kept with the event.
+    texts = {"error": told.error[:LONGEST_TEXT], "traceback": told.traceback[-LONGEST_TEXT:]}
+    return Outcome(**{**msgspec.structs.asdict(told), **texts})
 
 
 def _as_many_as_fit(found: list[Held]) -> list[Held]:

@@ -179,6 +179,12 @@ class RemoteConsumers(Consumers):
                     log.error("consumer %r does not continue: %s", port.name, error)  # noqa: TRY400 - the text says it all
                 port.problem = f"consumer {port.name!r} gets no events: {error}"
                 return _REFUSED_S
+            except Exception as error:
+                # This thread serves the other consumers too.
+                if port.problem is None:
+                    log.exception("consumer %r does not continue", port.name)
+                port.problem = f"consumer {port.name!r} gets no events: {error!r}"
+                return _REFUSED_S
         if port.is_joined and not port.stopping:
             self._line.on_loop(port.go_on)
         return _AGAIN_S if port.stopping and not port.is_over else None

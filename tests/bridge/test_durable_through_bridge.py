@@ -19,6 +19,7 @@ from scopestate import Delivery, Discard, Engine, Retry, RetryLater, StateEvent
 from scopestate.errors import Compacted, ConfigError, InvalidRegistration, RemoteFailure, Unsupported
 from scopestate.ops import handed
 from scopestate.ops.triggers import Trigger
+from scopestate.persistence.bridge.deliveries import RemotePort
 from scopestate.server.holding import _Place
 from scopestate.server.server import Server
 
@@ -156,6 +157,93 @@ def test_a_failing_handler_is_tried_again_and_given_up_at_last(
     assert here.dead_letters("ship").replay(all=True) == 2
     here.drain(PATIENCE_S)
     assert there.dead_letters().count() == 2
+
+
+def test_an_error_whose_text_is_not_unicode_is_reported_as_any_other(
+    there: Engine, url: str, open_bridge: OpenBridge
+) -> None:
+    here = open_bridge(url)
+    handled: list[str] = []
+
+    @here.on_change(scope="orders", durable="ship", retry=Retry(attempts=2, first=0.01))
+    def ship(event: StateEvent) -> None:
+        if event.key == "bad":
+            raise FileNotFoundError(2, "No such file", "\udcff.txt")
+        handled.append(event.key)
+
+    there.set("orders", "bad", 1)
+    there.set("orders", "good", 1)
+    here.drain(PATIENCE_S)
+
+    assert handled == ["good"]
+    (letter,) = here.dead_letters("ship").list()
+    assert (letter.attempts, letter.error) == (2, "FileNotFoundError: [Errno 2] No such file: '\\udcff.txt'")
+
+
+def test_no_engine_can_take_the_place_of_the_one_that_has_the_store(
+    there: Engine, url: str, open_bridge: OpenBridge
+) -> None:
+    backend: Any = open_bridge(url)._parts.backend
+    handled = Handled()
+    handled.on(there, "there")
+    joining = {"trigger_id": "t", "function_id": "f", "config": {"scope": "orders"}, "since_ms": 1}
+
+    with pytest.raises(RemoteFailure, match=r"length >= 1 - at `\$.holder`"):
+        backend.call_and_wait(handed.JOIN, msgspec.json.encode({"consumer": "ship", "holder": "", **joining}))
+
+    there.set("orders", "a", 1)
+    handled.wait(1)
+
+
+def test_of_several_outcomes_of_an_attempt_the_first_counts_and_long_texts_are_cut(
+    there: Engine, url: str, open_bridge: OpenBridge
+) -> None:
+    backend: Any = open_bridge(url)._parts.backend
+    joining = {"trigger_id": "t", "function_id": "f", "config": {"scope": "orders"}, "since_ms": 1}
+
+    def say(function_id: str, /, **fields: Any) -> Any:
+        told = {"consumer": "ship", "holder": "other", **fields}
+        return msgspec.json.decode(backend.call_and_wait(function_id, msgspec.json.encode(told)))
+
+    say(handed.JOIN, **joining)
+    there.set("orders", "a", 1)
+    there.set("orders", "b", 1)
+    positions = [event["position"] for _ in "ab" for event in say(handed.TAKE, most=1, wait_ms=5_000)["events"]]
+    say(handed.NOTE, began=[[position, 1] for position in positions], serial=1)
+    long = {"error": "e" * 1_000_000, "traceback": "t" * 1_000_000}
+    one = [{"position": positions[0], "verdict": verdict, **long} for verdict in ("dead", "done", "retry", "dead")]
+    other = [{"position": positions[1], "verdict": verdict} for verdict in ("done", "dead")]
+
+    say(handed.NOTE, ended=[*one, *other, *one])
+
+    there.flush()
+    (letter,) = there.dead_letters("ship").list()
+    assert letter.event.key == "a"
+    assert (len(letter.error), len(letter.traceback)) == (16_384, 16_384)
+    assert there.consumers()["ship"].lag_events == 0
+
+
+def test_a_fault_in_one_consumer_leaves_the_others_to_go_on(
+    there: Engine, url: str, open_bridge: OpenBridge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = open_bridge(url)
+    others: list[str] = []
+    keep = RemotePort.keep
+
+    def keep_or_fail(port: RemotePort) -> None:
+        if port.name == "ship":
+            raise RuntimeError("a fault of the program")
+        keep(port)
+
+    monkeypatch.setattr(RemotePort, "keep", keep_or_fail)
+    here.on_change(scope="orders", durable="ship")(lambda event: None)
+    here.on_change(scope="orders", durable="bill")(lambda event: others.append(event.key))
+    for key in ("a", "b", "c"):
+        there.set("orders", key, 1)
+        until(lambda key=key: key in others)  # type: ignore[misc]  # mypy infers no type for the default
+
+    until(lambda: "a fault of the program" in "".join(here.health().problems))
+    until(lambda: here.consumers()["bill"].lag_events == 0)
 
 
 def test_a_transaction_writes_and_acknowledges_in_one_step(there: Engine, url: str, open_bridge: OpenBridge) -> None:

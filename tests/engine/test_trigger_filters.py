@@ -12,7 +12,7 @@ import pytest
 from scopestate import Engine
 from scopestate.actors.deterministic import DeterministicDispatcher
 from scopestate.config import Config, from_mapping
-from scopestate.errors import ConfigError, InvalidRegistration
+from scopestate.errors import ConfigError, DeserializationError, InvalidCursor, InvalidRegistration
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["a scope in memory", "a new scope"])
@@ -208,3 +208,38 @@ def test_a_durable_trigger_that_is_no_longer_in_the_file_keeps_its_consumer(tmp_
         engine.reconfigure(from_mapping({"workers": workers, "triggers": [{**entry, "order": "scope"}]}))
         engine.drain(timeout=20)
         assert seen == ["a", "b"]
+
+
+@pytest.mark.parametrize("option", ["scope", "key", "prefix", "scope_prefix", "fields"])
+@pytest.mark.parametrize("durable", [None, "name"])
+def test_a_filter_that_is_not_unicode_is_refused(engine: Engine, option: str, durable: str | None) -> None:
+    value: Any = ["a", "\udcff"] if option == "fields" else "\udcff"
+
+    with pytest.raises(InvalidRegistration, match=rf"`{option}` of a trigger has half of a surrogate pair"):
+        engine.on_change(**{option: value, "durable": durable})(print)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda engine: engine.consumers().pause("\udcff"),
+        lambda engine: engine.consumers().pause("name", "\udcff"),
+        lambda engine: engine.consumers().resume("\udcff"),
+        lambda engine: engine.consumers().forget("\udcff"),
+        lambda engine: engine.dead_letters("\udcff"),
+        lambda engine: engine.dead_letters().list(after="\udcff"),
+        lambda engine: engine.dead_letters().get("\udcff"),
+        lambda engine: engine.dead_letters().replay(["\udcff"]),
+        lambda engine: engine.dead_letters().purge(["\udcff"]),
+    ],
+)
+def test_a_name_of_a_consumer_or_letter_that_is_not_unicode_is_refused(
+    engine: Engine, call: Callable[[Engine], object]
+) -> None:
+    with pytest.raises(DeserializationError, match="has half of a surrogate pair"):
+        call(engine)
+
+
+def test_a_cursor_that_is_not_ascii_is_damaged(engine: Engine) -> None:
+    with pytest.raises(InvalidCursor, match="damaged"):
+        next(iter(engine.pages("s", cursor="\udcff")))

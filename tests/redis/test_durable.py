@@ -184,6 +184,22 @@ def test_retry_later_does_not_count_and_discard_gives_up_at_once(valkey: Server,
     assert "no such order" in letter.error
 
 
+def test_an_error_whose_text_is_not_unicode_is_kept_as_any_other(valkey: Server, engines: Engines) -> None:
+    one = open_one(engines, valkey)
+
+    @one.on_change(durable="ship", retry=QUICK)
+    def ship(event: StateEvent) -> None:
+        raise Discard("\ud800") if event.key == "a" else FileNotFoundError(2, "No such file", "\udcff.txt")
+
+    one.set("s", "a", 1)
+    one.set("s", "b", 1)
+    wait_until(lambda: one.dead_letters("ship").count() == 2, "both given up")
+    assert [letter.error for letter in sorted(one.dead_letters("ship").list(), key=lambda one: one.event.key)] == [
+        "Discard: \\ud800",
+        "FileNotFoundError: [Errno 2] No such file: '\\udcff.txt'",
+    ]
+
+
 def test_what_is_given_up_can_be_replayed(valkey: Server, engines: Engines) -> None:
     one = open_one(engines, valkey)
     handled = Handled(one)
