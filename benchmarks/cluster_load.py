@@ -1,7 +1,7 @@
 """A Redis Cluster for the benchmarks, processes that count its events, and the floor of what that can take.
 
 `python -m benchmarks.cluster_load watch|read URL COUNT` says `ready`, takes COUNT events each time, and prints when it
-had the last of them, on the clock of the machine.
+had the last of them, on the clock of the machine, and how much processor time that took.
 """
 
 from __future__ import annotations
@@ -93,10 +93,22 @@ def watch(url: str, count: int) -> None:
 
         print("ready", flush=True)
         while sys.stdin.readline():
+            began_s = time.process_time()
             assert done.wait(100), f"{seen} of {count} events"
             done.clear()
             seen = 0
-            print(time.perf_counter(), flush=True)
+            print(time.perf_counter(), time.process_time() - began_s, flush=True)
+
+
+def spent_by_servers(url: str) -> float:
+    """Return the seconds of processor time that the servers of a cluster have taken since they were started."""
+    spent_s = 0.0
+    for _, server in _servers(url):
+        (info,) = server.exchange([packed("INFO", "cpu")])
+        rows = dict(row.split(":") for row in info.decode().split() if row.startswith("used_cpu_"))
+        spent_s += float(rows["used_cpu_user"]) + float(rows["used_cpu_sys"])
+        server.socket.close()
+    return spent_s
 
 
 # ------------------------------------------------------------------------------------------------- the floor
@@ -181,11 +193,12 @@ def read(url: str, count: int) -> None:
     last: dict[bytes, bytes] = {}
     print("ready", flush=True)
     while sys.stdin.readline():
+        began_s = time.process_time()
         seen = 0
         while seen < count:
             for fd, _ in poll.poll(100_000):
                 seen += _take(by_fd[fd], last)
-        print(time.perf_counter(), flush=True)
+        print(time.perf_counter(), time.process_time() - began_s, flush=True)
 
 
 def _take(server: _Server, last: dict[bytes, bytes]) -> int:

@@ -135,6 +135,7 @@ JUDGED = {
     "owner_followed": {"at_most": 1.05},
 }
 SHOWN = {
+    "cluster_bound",
     "cluster_vs_single",
     "cluster_vs_floor",
     "cache_durable",
