@@ -28,9 +28,9 @@ def store(tmp_path: Path) -> Path:
         engine.on_change(scope="orders", durable="ship", retry=Retry(attempts=1), function_id="ship")(fail)
         engine.on_change(scope="letters", durable="mail", function_id="mail")(lambda event: None)
         engine.set("orders", "o-1", {"n": 1})
-        engine.drain(30)  # events of several keys are handled side by side
+        engine.drain(60)  # events of several keys are handled side by side
         engine.set("orders", "o-2", {"n": 2})
-        engine.drain(30)
+        engine.drain(60)
     return tmp_path / "store"
 
 

@@ -117,7 +117,7 @@ def test_keys_expire_that_were_never_in_memory(open_engine: Open, time: Time, du
     time.pass_by(60)
     until(lambda: len(seen) >= len(expected), "not all keys expired")
 
-    engine.drain(20)
+    engine.drain(60)
     assert [event.old_value for event in seen] == expected
     assert engine.list("s") == [place for place in range(COUNT) if place % 4 == 3]
     assert scope_of(engine)._keyed is not None
@@ -149,7 +149,7 @@ def test_what_changed_in_memory_counts_not_what_is_stored(open_engine: Open, tim
 
     time.pass_by(60)
     until(lambda: len(seen) >= COUNT // 4, "not all keys expired")
-    engine.drain(20)
+    engine.drain(60)
     assert [event.old_value for event in seen] == [place for place in range(COUNT) if place % 4 == 3]
     assert engine.scope("s").count() == COUNT // 2
     engine.flush()
@@ -181,7 +181,7 @@ def test_keys_expire_that_have_left_memory(open_engine: Open, time: Time) -> Non
 
     time.pass_by(3600)
     until(lambda: len(seen) >= COUNT, "not all keys expired")
-    engine.drain(20)
+    engine.drain(60)
     assert [event.old_value for event in seen] == list(range(COUNT))
     assert engine.list("s") == []
 
@@ -230,7 +230,7 @@ def test_a_deadline_whose_key_is_gone_from_the_store_is_dropped(
     monkeypatch.setattr(by_key.SavedKeys, "due", then_gone)
     time.pass_by(60)
     until(lambda: len(seen) >= COUNT - 2, "not all keys expired")
-    engine.drain(20)
+    engine.drain(60)
     assert [event.old_value for event in seen] == [place for place in range(COUNT) if place not in (1, 2)]
     until(lambda: scope_of(engine).next_due() == NEVER, "it expects a key to expire")
 

@@ -165,7 +165,7 @@ def test_every_event_shows_one_link_of_one_chain_per_key(engine: Engine, switch_
     engine.register_trigger(function_id="test::note")
 
     history = record_history(engine, threads=3, tasks=3, calls=100, seed=random.randrange(10**9))
-    engine.drain(30)
+    engine.drain(60)
 
     history.check()
     for scope in SCOPES:

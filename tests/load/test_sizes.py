@@ -26,7 +26,7 @@ def run_load(name: str, directory: Path) -> dict[str, Any]:
     assert child.stderr == "", "nothing is logged: nothing was dropped, refused or late"
     figures: dict[str, Any] = json.loads(child.stdout)
     record(f"load: {name}", **{key: value for key, value in figures.items() if not isinstance(value, list)})
-    # Somebody who works on another scope all the while; slow machines stall for a moment, a blocked engine for seconds.
+    # Somebody who works on another scope all the while. A blocked engine would work for seconds before it answers.
     assert figures["calls"] > 0
     assert figures["longest_ms"] < 3000
     return figures

@@ -72,7 +72,7 @@ def test_a_second_process_is_refused_and_told_who_holds_it(
     assert f"in use by process {child.pid} on {os.uname().nodename} since 2" in text
     assert str(directory) in text
     assert sys.executable in text or "-c" in text
-    child.communicate("\n", timeout=30)
+    child.communicate("\n", timeout=60)
     open_file()
 
 
@@ -93,7 +93,7 @@ def test_a_process_started_by_the_holder_does_not_inherit_the_lock(open_file: Op
         adapter.close()
         open_file()
     finally:
-        child.communicate(b"\n", timeout=30)
+        child.communicate(b"\n", timeout=60)
 
 
 def test_a_descriptor_shared_with_a_child_does_not_keep_the_lock(open_file: Open, directory: Path) -> None:

@@ -259,7 +259,7 @@ def private(mode: int) -> int:
 
 
 def outcome(child: subprocess.Popen[str]) -> str:
-    out, err = child.communicate(timeout=30)
+    out, err = child.communicate(timeout=60)
     assert err == ""
     return out
 

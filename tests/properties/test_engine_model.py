@@ -191,14 +191,14 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(["t1", "t2"]), scope=st.none() | SCOPES, key=st.none() | KEYS)
     def register_trigger(self, name: str, scope: str | None, key: str | None) -> None:
-        self.engine.drain(30)  # what waits for a trigger that moves elsewhere is dropped with it
+        self.engine.drain(60)  # what waits for a trigger that moves elsewhere is dropped with it
         self.register(self.engine, name, scope, key)
         self.triggers[name] = (scope, key)
 
     @precondition(lambda self: self.triggers)
     @rule(data=st.data())
     def unregister_trigger(self, data: st.DataObject) -> None:
-        self.engine.drain(30)
+        self.engine.drain(60)
         name = data.draw(st.sampled_from(sorted(self.triggers)))
         next(handle for handle in self.engine.triggers() if handle.trigger_id == name).unregister()
         del self.triggers[name]
@@ -208,7 +208,7 @@ class EngineMachine(RuleBasedStateMachine):
         triggers=st.dictionaries(st.sampled_from(["c1", "c2"]), st.tuples(st.none() | SCOPES, st.none() | KEYS)),
     )
     def reload(self, depth: int, triggers: dict[str, tuple[str | None, str | None]]) -> None:
-        self.engine.drain(30)
+        self.engine.drain(60)
         self.limits = {"max_event_depth": depth, "passivate_after_ms": depth * 1_000_000}
         self.configured = triggers
         self.engine.reconfigure(self.config())
@@ -233,7 +233,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule()
     def events_arrived(self) -> None:
-        self.engine.drain(30)
+        self.engine.drain(60)
 
         assert self.seen == self.due
 

@@ -116,7 +116,7 @@ def history(
                     for _ in range(0 if most else 2):  # the first time, what was just used stays
                         actor.housekeep(Shed(1 << 40))
                 elif step == "reopen":
-                    engine.drain(20)
+                    engine.drain(60)
                     engine.close()
                     engine = opened()
                 else:

@@ -364,7 +364,7 @@ class RevisedMachine(RuleBasedStateMachine):
         self.dispatcher.advance(SETTLE_S)
         for scope in RULES:
             self.model(scope).expire_some(1_000_000)
-        self.engine.drain(30)
+        self.engine.drain(60)
 
     @rule(seconds=st.sampled_from([0.3, 1.0, 5.0]))
     def time_passes(self, seconds: float) -> None:

@@ -110,7 +110,7 @@ def history(steps: list[Any], durability: str, rule: dict[str, Any]) -> tuple[An
         tables = [list((actor._values or {}).items()), actor._revisions, actor._deadlines, actor._answers.kept]
         state = tables, actor._sequence, actor._creations
         engine.flush()
-        engine.drain(20)
+        engine.drain(60)
     seen = [(event.event_type, event.key, event.old_json, event.new_json, event.revision) for event in events]
     saved = [
         (change.revision, change.entries, sorted(change.removed), change.due_ms, change.answers)

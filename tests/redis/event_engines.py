@@ -160,5 +160,5 @@ def drain_chains(engine: Engine) -> None:
     for _ in range(20):
         seen.events.clear()
         engine.set("chain", "k", 0)
-        engine.drain(20)
+        engine.drain(60)
         assert [event.new_value for event in seen.events] == ["reached"]

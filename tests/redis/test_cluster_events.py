@@ -92,7 +92,7 @@ def test_every_engine_sees_the_writes_of_every_engine_on_all_servers(
     for thread in threads:
         thread.result()
     for engine in here:
-        engine.drain(30)
+        engine.drain(60)
     told = [there.read() for _ in range(20 + 40 * len(scopes))]
 
     for one in seen:
@@ -147,7 +147,7 @@ def test_drain_waits_for_the_own_writes_in_all_slots_and_for_what_handlers_cause
     seen = Seen(engine)
     for number in range(100):
         engine.set(f"of{number}", "k", number)
-    engine.drain(30)
+    engine.drain(60)
 
     assert len(seen.events) == 100
 
@@ -168,7 +168,7 @@ def test_no_event_is_lost_or_comes_twice_while_slots_move(replicated: Cluster, e
         replicated.move_slot(moving, list(by_server)[at])
         writers.wait_for_more()
     writers.end()
-    writer.drain(30)
+    writer.drain(60)
 
     wait_until(lambda: all_were_seen(seen, writers), lambda: problems(reader))
     assert_each_once_and_in_order(seen, writers)
@@ -214,7 +214,7 @@ def test_events_come_once_when_the_connections_of_readers_are_cut_under_load(
             node.ask("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
         writers.wait_for_more(5)
     writers.end()
-    writer.drain(30)
+    writer.drain(60)
 
     wait_until(lambda: all_were_seen(seen, writers), lambda: problems(reader))
     assert_each_once_and_in_order(seen, writers)
@@ -238,7 +238,7 @@ def test_events_go_on_at_a_replica_that_takes_over_by_command(
     replicated.wait_until_ok()
     writers.wait_for_more()
     writers.end()
-    writer.drain(30)
+    writer.drain(60)
 
     wait_until(lambda: all_were_seen(seen, writers), lambda: problems(reader))
     assert_each_once_and_in_order(seen, writers)
@@ -303,7 +303,7 @@ def test_a_flush_of_one_server_is_reported_and_events_go_on(cluster: Cluster, en
     wait_until(lambda: "has begun anew" in problems(reader), lambda: problems(reader))
     for scope in scopes:
         writer.set(scope, "k", "behind it")
-    writer.drain(30)
+    writer.drain(60)
 
     assert [event.new_value for event in seen.wait_for_count(12)[9:]] == ["behind it"] * 3
 

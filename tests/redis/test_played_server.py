@@ -552,7 +552,7 @@ def what_happens_on(engine: Engine, draw: random.Random) -> list[Any]:
                 given.append(engine.list(scope))
             case _:
                 given.append(engine.list_groups())
-    engine.drain(30)
+    engine.drain(60)
     given += seen.take()
     backend: Any = engine._parts.backend
     broken = _broken(engine)

@@ -113,7 +113,7 @@ def test_a_paused_server_takes_requests_and_answers_when_it_goes_on(
     server_binary: Binary, start_server: StartServer
 ) -> None:
     server = start_server(server_binary)
-    client = server.client(socket_timeout=0.1, retry=None)
+    client = server.client(socket_timeout=1.0, retry=None)
     client.ping()
 
     server.pause()

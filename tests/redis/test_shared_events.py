@@ -272,7 +272,7 @@ def test_drain_after_a_flush_waits_for_an_event_that_has_the_number_of_one_that_
     with caplog.at_level(logging.CRITICAL, "scopestate"):
         for number in range(20):
             writer.set("s", "k", number)
-            writer.drain(20)
+            writer.drain(60)
             assert own.events[-1].new_value == number
             redis_server.ask("FLUSHALL")
             # An entry of the same millisecond would have the same id as well: nothing tells the two apart.
@@ -292,7 +292,7 @@ def test_a_flush_is_reported_and_later_events_arrive_and_drain_ends(
         redis_server.ask("FLUSHALL")
         writer.set("s", "k", "new")
         seen.wait_for_value("new")
-        writer.drain(20)
+        writer.drain(60)
     assert own.events[-1].new_value == "new"
     assert seen.numbers == [1, 2, 3, 4, 5, 1]
     assert "has begun anew after event 5" in problems(reader)
@@ -315,7 +315,7 @@ def test_a_connection_that_breaks_while_a_flush_is_noticed_loses_neither_the_rep
         seen.wait_for_value("new")
         assert cuts.count == 1
         assert "has begun anew after event 20" in problems(reader)
-        reader.drain(20)
+        reader.drain(60)
         reader.close()
 
 
@@ -342,13 +342,13 @@ def test_own_events_that_a_restart_lost_before_they_were_read_are_reported_and_d
 ) -> None:
     engine, seen = lost_end
     seen.gate.set()
-    engine.drain(20)
+    engine.drain(60)
     assert seen.numbers == list(range(1, 9))
     assert missed(engine) == 11
     assert "lost its end" in problems(engine)
     assert "the original events 9 to 19 reached no trigger" in problems(engine)
     set_patiently(engine, "s", "k", "new")
-    engine.drain(20)
+    engine.drain(60)
     assert seen.events[-1].new_value == "new"
 
 
@@ -360,7 +360,7 @@ def test_lost_events_are_reported_if_later_ones_have_their_numbers_before_the_re
     for number in range(101, 130):
         engine.set("s", "k", number)
     seen.gate.set()
-    engine.drain(20)
+    engine.drain(60)
     assert [event.new_value for event in seen.events] == [*range(1, 9), *range(100, 130)]
     assert missed(engine) == 11
     assert "lost its end" in problems(engine)
@@ -745,7 +745,7 @@ def test_drain_waits_until_the_events_of_own_writes_have_come_and_are_handled(va
     for number in range(1, 201):
         engine.set("s", "k", number)
         if number % 20 == 0:
-            engine.drain(20)
+            engine.drain(60)
             assert len(seen.events) == number
 
 
@@ -806,7 +806,7 @@ def test_drain_gives_up_when_its_time_is_over(valkey: Server, engines: Engines) 
     with pytest.raises(ReplyTimeout, match=r"not drained within 0\.2 s: .*have not arrived"):
         engine.drain(0.2)
     seen.gate.set()
-    engine.drain(20)
+    engine.drain(60)
     assert len(seen.events) == 5
 
 

@@ -106,10 +106,10 @@ def main() -> None:
     engine.set("orders", "a", 1)
     if durability == "commit":
         os.write(1, b"committed\n")
-    engine.drain(20)
+    engine.drain(60)
     if "letter" in where:
         engine.set("orders", "b", 2)
-        engine.drain(20)
+        engine.drain(60)
         letters = engine.dead_letters("ship")
         if "replay" in where:
             engine.consumers().pause("ship")

@@ -156,7 +156,7 @@ def main() -> None:
     for thread in threads:
         thread.join()
     engine.set("s", "k", 1)
-    engine.drain(20)
+    engine.drain(60)
     engine.close()
     say(statuses=statuses, acknowledged=acknowledged, events=events)
 

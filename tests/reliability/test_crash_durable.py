@@ -50,7 +50,7 @@ class Killed:
             child_durable.register(engine, str(self.notes), how)
             if "ship" in [status.name for status in engine.consumers()]:
                 engine.consumers().resume("ship")
-            engine.drain(20)
+            engine.drain(60)
             return self.noted()[len(self.before) :], engine.get("totals", "n"), engine.dead_letters().count()
         finally:
             engine.close()

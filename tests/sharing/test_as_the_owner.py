@@ -161,7 +161,7 @@ def test_a_follower_that_drains_again_and_again_leaves_nothing_behind(open_engin
 
     for number in range(20):
         follower.set("s", "k", number)
-        follower.drain(30)
+        follower.drain(60)
 
     assert len(owner._polls._kept) <= 1
 

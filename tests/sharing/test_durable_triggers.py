@@ -250,7 +250,7 @@ def test_what_runs_goes_on_when_the_owner_is_killed(start: Start, handled: Log) 
     busy.do("kept['gate'].set()")
     other.do("kept['gate'].set()")
     wait_until(lambda: len(handled.of("slow")) == 3)
-    other.do("engine.drain(30)")
+    other.do("engine.drain(60)")
     assert [value for _, value, _ in handled.of("slow")] == [0, 1, 2]
     assert handled.of("slow")[0] == (busy.pid, 0, 1)
     assert handled.of("slow", "begin")[0][2] == 1
@@ -273,7 +273,7 @@ def test_a_stopped_follower_loses_what_it_holds(open_engine: OpenEngine, start: 
     one.do("kept['gate'].set()")
     owner.set("orders", "after", 2)
     wait_until(lambda: handled.of("after"))
-    one.do("engine.drain(30)")
+    one.do("engine.drain(60)")
     assert [attempt for pid, _, attempt in handled.of("slow") if pid == two.pid] == [2]
     assert owner.consumers()["ship"].lag_events == 0
 
