@@ -516,7 +516,7 @@ def test_a_trigger_is_registered_when_all_servers_can_be_asked(
     replicated: Cluster, engines: Engines, prefix: str
 ) -> None:
     by_server = scopes_on_each(replicated, prefix, 1)
-    one = open_one(engines, replicated, key_prefix=prefix, call_timeout_ms=2000)
+    one = open_one(engines, replicated, key_prefix=prefix, call_timeout_ms=1000)
     for (scope,) in by_server.values():
         one.set(scope, "k", 1)
     frozen: Server = list(by_server)[2]
