@@ -6,8 +6,8 @@ one consumer. A message that named the stream would have the events of all consu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, TypeAlias
 
 from scopestate.errors import StorageError
 from scopestate.persistence.connections.connection import Broken
@@ -15,7 +15,10 @@ from scopestate.persistence.redis.connection import Refusal
 from scopestate.persistence.redis.consuming import CONSUME, SOURCE
 from scopestate.persistence.redis.script import code_of, explain
 
-__all__ = ["explain_refusal", "number_in"]
+__all__ = ["explain_misused", "explain_refusal", "number_in"]
+
+Ask: TypeAlias = Callable[[Sequence[tuple[Any, ...]]], list[Any]]
+"""Sends commands and returns their replies."""
 
 _TYPES: Final = {
     "": b"hash",
@@ -32,22 +35,14 @@ _TYPES: Final = {
 """Part of a consumer's key behind its name -> the type that it has in Redis."""
 
 
-def explain_refusal(
-    refusal: Refusal, command: tuple[Any, ...], address: str, ask: Callable[[Sequence[tuple[Any, ...]]], list[Any]]
-) -> StorageError:
+def explain_refusal(refusal: Refusal, command: tuple[Any, ...], address: str, ask: Ask) -> StorageError:
     """Return the error for a refused command, which names the keys to remove if they are the reason.
 
     `ask` sends commands to the same server and returns their replies.
     """
     if command[1] not in (CONSUME, SOURCE):
         return explain(refusal, address, str(command[1]), nothing="", waited=False)
-    code = code_of(refusal)
-    if code == "WRONGTYPE":
-        try:
-            return explain(refusal, address, *_misused(command, ask), nothing="", waited=False)
-        except (Broken, Refusal, StorageError):
-            pass  # the error below says what is known
-    elif code == "ERR":
+    if code_of(refusal) == "ERR":
         consumer, key = command[11], command[7]
         error = StorageError(
             f"Redis at {address} refused it: {refusal.text}. What it keeps of consumer {consumer!r}, at {key!r} and "
@@ -56,21 +51,30 @@ def explain_refusal(
         )
         error.__cause__ = refusal
         return error
-    return explain(refusal, address, nothing="", waited=False)
+    return explain_misused(refusal, address, _types_of(command), ask)
 
 
-def _misused(command: tuple[Any, ...], ask: Callable[[Sequence[tuple[Any, ...]]], list[Any]]) -> list[str]:
-    """Return the keys of a command that do not have the type that they have to have."""
+def explain_misused(refusal: Refusal, address: str, types: Mapping[str, bytes], ask: Ask) -> StorageError:
+    """As `explain_refusal`, for a command that uses these keys: key -> the type that it has to have in Redis."""
+    keys: list[str] = []
+    if code_of(refusal) == "WRONGTYPE":
+        try:
+            found = ask([("TYPE", key) for key in types])
+        except (Broken, Refusal, StorageError):
+            found = []  # the error says what is known
+        keys = [key for key, kind in zip(types, found, strict=False) if kind not in (b"none", types[key])]
+    return explain(refusal, address, *keys, nothing="", waited=False)
+
+
+def _types_of(command: tuple[Any, ...]) -> dict[str, bytes]:
+    """Return the keys of a command on consumers, with the types that they have to have."""
     stream, counter, limit, names, it = map(str, command[3:8])
     engine, consumer = command[10:12]
     types = {stream: b"stream", counter: b"string", limit: b"string", names: b"hash"}
     if consumer:
         types.update({it + part: kind for part, kind in _TYPES.items()})
         types[f"{it}:held:{engine}"] = b"zset"
-    found = ask([("TYPE", key) for key in types])
-    return [
-        key for key, kind in zip(types, found, strict=True) if type(kind) is bytes and kind not in (b"none", types[key])
-    ]
+    return types
 
 
 def number_in(reply: Any, key: str, address: str) -> int:

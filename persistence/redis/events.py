@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from scopestate.actors.backlog import HandlerFull
 from scopestate.actors.handler import HandlerActor
@@ -18,11 +18,12 @@ from scopestate.actors.router import EventRouter
 from scopestate.errors import StorageError
 from scopestate.persistence.connections.connection import Broken, Target
 from scopestate.persistence.redis.connection import Connection, Refusal, pack
+from scopestate.persistence.redis.damage import explain_misused
 from scopestate.persistence.redis.entries import Event, state_event_of
 from scopestate.persistence.redis.history import Life
 from scopestate.persistence.redis.options import RedisOptions
 from scopestate.persistence.redis.reading import ReadingThreads
-from scopestate.persistence.redis.script import Shape, explain
+from scopestate.persistence.redis.script import Shape
 from scopestate.persistence.redis.tail import COUNT, Published, Tail
 
 if TYPE_CHECKING:
@@ -166,12 +167,20 @@ class Reader(ReadingThreads, Tail):
         try:
             self._begin(connection)
         except Refusal as refusal:
+            error = self._explained(refusal, connection)
             connection.close()
-            raise explain(refusal, self._target.address, self._shape.stream.encode()) from refusal
+            raise error from refusal
         except Broken as error:
             raise StorageError(f"the connection to Redis at {self._target.address} was lost: {error}") from error
         connection.wait_at_most(self._patience_s)
         self._connection = connection
+
+    def _explained(self, refusal: Refusal, connection: Any) -> StorageError:
+        def ask(commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+            return [connection.call(*command) for command in commands]
+
+        types = {self._shape.stream: b"stream", self._shape.counter: b"string"}
+        return explain_misused(refusal, self._target.address, types, ask)
 
     def start(self, adapter: RedisBackend, router: EventRouter) -> Arrivals:
         """Start reading, and return what gives the events to the router."""

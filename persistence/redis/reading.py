@@ -7,7 +7,7 @@ import threading
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
-from scopestate.errors import NotConnected
+from scopestate.errors import NotConnected, StorageError
 from scopestate.persistence.connections.attempts import Backoff
 from scopestate.persistence.connections.connection import Broken
 from scopestate.persistence.redis.connection import Refusal
@@ -52,6 +52,11 @@ class ReadingThreads(ABC):
     @abstractmethod
     def _take(self, connection: Any) -> HandlerActor | None:
         """Wait for events and process them. Return a handler that this thread must run. Raises Refusal and Broken."""
+
+    def _explained(self, refusal: Refusal, connection: Any) -> StorageError:
+        """Return the error for a refusal of the server of a connection."""
+        del connection
+        return explain(refusal, self._target.address, self._stream)
 
     def _at_end(self) -> None:  # noqa: B027 - not every reader has something to release
         """Release what is left: reading has ended. May be called twice."""
@@ -104,7 +109,10 @@ class ReadingThreads(ABC):
                 if not self._is_proven:
                     self._pause()
             except Refusal as refusal:
-                self._lose(str(explain(refusal, self._target.address, self._stream)))
+                self._lose(str(self._explained(refusal, self._connection)))
+                self._pause()
+            except StorageError as error:
+                self._lose(str(error))
                 self._pause()
             except Exception as error:
                 log.exception("reading the events of Redis at %s failed", self._target.address)

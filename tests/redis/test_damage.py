@@ -152,3 +152,19 @@ def test_what_redis_refuses_is_not_tried_again_at_once(
     assert one.has_failed
     assert not wakes
     client.delete(f"{IT}:lanes")
+
+
+def test_a_counter_of_events_that_is_overwritten_is_named_and_not_the_stream(
+    redis_server: Server, engine: Engine, client: redis.Redis
+) -> None:
+    counter = "scopestate:count:state:"
+    engine.set("s", "k", 1)
+    client.delete(counter)
+    client.hset(counter, "not", "scopestate's")
+
+    with Engines() as others, pytest.raises(StorageError) as raised:
+        others.open(redis_server, revisions=True)
+
+    assert f"'{counter}' is not what scopestate keeps there" in str(raised.value)
+    assert STREAM not in str(raised.value)
+    client.delete(counter)
