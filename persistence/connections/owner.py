@@ -376,6 +376,10 @@ class ConnectionOwner(Pump[T_Item, T_Call, T_Connection]):
             finally:
                 self._is_news = False  # this thread checks it anyway
                 self._give_back()
+        # Whoever posted meanwhile left it to this thread, which will not take the claim any more.
+        self._wanted = False
+        if self._inbox:
+            self._ask()
 
     def _sleep(self, wait_s: float | None, *, taken: bool) -> None:
         """Wait for a token, and also for an answer if one may come for which no other thread waits."""

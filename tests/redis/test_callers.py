@@ -7,6 +7,7 @@ import json
 import random
 import threading
 import time
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -25,8 +26,11 @@ from scopestate.errors import (
     StorageError,
     ValueTooLarge,
 )
+from scopestate.ops import turns
 from scopestate.persistence.connections import owner as connection_owner
+from scopestate.persistence.connections.owner import arm
 from scopestate.persistence.redis import commands as redis_commands
+from scopestate.persistence.redis.calls import Call
 from scopestate.signals import wait_for
 
 LIMITS = {"call_timeout_ms": 10_000}
@@ -170,6 +174,32 @@ def test_close_while_calls_are_under_way_ends_in_time_and_answers_everybody(
         thread.result()
     with pytest.raises(EngineClosed):
         engine.set("s", "k", 1)
+
+
+def test_what_is_posted_after_the_io_thread_ended_while_it_wanted_the_claim_is_refused(valkey: Server) -> None:
+    engine = open_at(valkey.url)
+    try:
+        engine.set("s", "k", 0)
+        engine.ask(messages.Get("s", "k"), block=False).get(timeout=20)  # the I/O thread is there
+        owner, scope = owners_of(engine)[0], engine._scopes["s"]
+        at_rest(engine)
+        owner._claim["holder"] = types.SimpleNamespace(thread=0)
+        owner._ask()
+        until(lambda: owner._wanted, "the I/O thread does not want the claim")
+        closing = InThread(engine.close)
+        until(lambda: not owner._thread["thread"].is_alive(), "the I/O thread does not end")
+        del owner._claim["holder"]
+        closing.result()
+
+        call = Call(turns.Get("k"), None, 0)
+        lock = arm(call)
+        scope.mailbox.append(call)
+        owner.post(scope)
+
+        assert lock.acquire(timeout=20), "its caller waits for ever"
+        assert type(call.error.__cause__ or call.error) is EngineClosed
+    finally:
+        engine.close()
 
 
 def test_close_does_not_leave_an_update_in_its_pause(valkey: Server, monkeypatch: pytest.MonkeyPatch) -> None:
