@@ -376,7 +376,7 @@ class ConnectionOwner(Pump[T_Item, T_Call, T_Connection]):
             finally:
                 self._is_news = False  # this thread checks it anyway
                 self._give_back()
-        # Whoever posted meanwhile left it to this thread, which will not take the claim any more.
+        # Items that were posted meanwhile were left to this thread, which will not take the claim any more.
         self._wanted = False
         if self._inbox:
             self._ask()
