@@ -243,6 +243,42 @@ def redis_tasks(sizes: Sizes) -> list[Row]:
             runner.run(pool.disconnect())
 
 
+def redis_one_task(sizes: Sizes) -> list[Row]:
+    """A task alone on the main thread's event loop, as in a service with few requests."""
+    pairs = make_pairs(sizes.slow_calls)
+    texts = [(key, json.dumps(value)) for key, value in pairs]
+    with redis_server() as url, Engine.from_config(config(url)) as engine, asyncio.Runner() as runner:
+        client = redis.asyncio.Redis.from_url(url)
+
+        async def ours() -> float:
+            began = time.perf_counter()
+            for key, value in pairs:
+                await engine.aio.set("ours", key, value)
+            return (time.perf_counter() - began) / len(pairs)
+
+        async def theirs() -> float:
+            began = time.perf_counter()
+            for key, text in texts:
+                await client.hset("theirs", key, text)
+            return (time.perf_counter() - began) / len(pairs)
+
+        try:
+            runner.run(ours()), runner.run(theirs())
+            samples = [(runner.run(ours()), runner.run(theirs())) for _ in range(sizes.repeats)]
+        finally:
+            runner.run(client.aclose())
+    figures = {
+        "ours_us": statistics.median(mine for mine, _ in samples) * 1e6,
+        "redis_py_us": statistics.median(peer for _, peer in samples) * 1e6,
+    }
+    ratio = statistics.median(mine / peer for mine, peer in samples)
+    return [
+        Row(
+            "redis_one_task", "redis: set, one task / redis.asyncio HSET", ratio, "x", 1, figures=figures, own="ours_us"
+        )
+    ]
+
+
 def redis_threads(sizes: Sizes) -> list[Row]:
     """Threads, beside redis-py on a pool with a connection for each of them."""
     pairs = make_pairs(_each(sizes))
@@ -392,6 +428,7 @@ MEASURES: dict[str, Measure] = {
     "redis_transact": redis_transact,
     "redis_transact_watch": redis_transact_beside_watch,
     "redis_tasks": redis_tasks,
+    "redis_one_task": redis_one_task,
     "redis_threads": redis_threads,
     "redis_threads_floor": redis_threads_floor,
     "redis_event": redis_event,

@@ -241,12 +241,10 @@ class ConnectionOwner(Pump[T_Item, T_Call, T_Connection]):
 
         Not on the main thread, where a signal handler could interrupt it in the middle of other callers' calls.
         """
-        watch = self._watch
-        if watch is None or watch.loop is not loop or watch.connection is not self._connection:
-            watch = self._new_watch(loop)
-            if watch is None:
-                self.post(item)
-                return
+        watch = self._watch_of(loop, self._drive)
+        if watch is None:
+            self.post(item)
+            return
         self._inbox.append(item)
         if self._claim or self._wanted:
             return  # the holder finds it
@@ -257,16 +255,21 @@ class ConnectionOwner(Pump[T_Item, T_Call, T_Connection]):
         else:
             self._drive(watch)
 
-    def _new_watch(self, loop: AbstractEventLoop) -> Watch | None:
-        """Return a watch that lets this loop wait for the connection; None if it cannot now."""
-        connection = self._connection
+    def _watch_of(self, loop: AbstractEventLoop, drive: Callable[[Watch], None]) -> Watch | None:
+        """Return the watch that lets this loop wait for the connection; None if it cannot now.
+
+        `drive(watch)` is called when there is something to receive.
+        """
+        watch, connection = self._watch, self._connection
+        if watch is not None and watch.loop is loop and watch.connection is connection:
+            return watch
         if connection is None or self._under_way or self._wake is not None:
             return None
         fd = connection.plain_fd()
         if fd is None:
             return None
         try:
-            watch = Watch(loop, connection, fd, self._drive)
+            watch = Watch(loop, connection, fd, drive)
         except OSError:  # another thread, which has the claim, has just closed it
             return None
         if connection is not self._connection:

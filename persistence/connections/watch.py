@@ -38,16 +38,16 @@ class Watch:
     def start(self, timeout_s: float, check: Callable[[Watch], None]) -> None:
         """Make the loop wait for replies, and call `check(watch)` in `timeout_s` seconds."""
         if not self.active and self._fd >= 0:
+            self.active = True  # first: on the main thread this may be interrupted, and `stop` follows
             self.loop.add_reader(self._fd, self._drive, self)
-            self.active = True
         if not self._checks:
             self.check_later(timeout_s, check)
 
     def stop(self) -> None:
         """Make the loop stop waiting."""
         if self.active:
-            self.active = False
             self.loop.remove_reader(self._fd)
+            self.active = False
 
     def call_soon(self, drive: Callable[[Watch], None]) -> None:
         """Call `drive(watch)` in the next round of the loop."""

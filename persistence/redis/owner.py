@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from contextlib import suppress
+from functools import partial
+from threading import get_ident
 from typing import TYPE_CHECKING, Final, Protocol
 
 from scopestate.errors import ConnectionLost, ReplyTimeout, ScopestateError, StorageError
 from scopestate.persistence.connections.connection import NOT_ALL, Broken, Target
-from scopestate.persistence.connections.owner import ConnectionOwner, arm
+from scopestate.persistence.connections.owner import HOLDER, ConnectionOwner, arm
 from scopestate.persistence.connections.pump import AGAIN_S, Means, TimeLimits
 from scopestate.persistence.connections.watch import Watch
 from scopestate.persistence.redis.calls import Call, Command, Pause
 from scopestate.persistence.redis.connection import PASSING, Connection, Refusal, pack
 from scopestate.persistence.redis.options import RedisOptions
 from scopestate.persistence.redis.script import with_source
+from scopestate.signals import certainly
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
 
+    from scopestate.actors.loops import LoopReply
     from scopestate.persistence.redis.scope import RedisScope
 
 _ELSEWHERE: Final = Refusal("ELSEWHERE another server has the key by now")
 """Used as the reply to a command that was not sent because this server cannot be reached."""
+_POSTED: Final = 64
+"""If a task cannot lead, this many further calls of tasks do not try: with several callers, the I/O thread is quicker
+for all than calls that lead in between."""
 _NOT_BEGUN: Final = PASSING | {"NOSCRIPT", "MOVED", "ASK", "READONLY", "ELSEWHERE"}
 """Refusals after which a command may be sent again."""
 
@@ -75,6 +83,8 @@ class RedisConnectionOwner(ConnectionOwner["RedisScope | Command", Call, Connect
         self._moves = routes is not None and routes.moves
         self._fails_over = fails_over
         self._under_way: deque[Command] = deque()
+        self._to_post = 0
+        """How many of the next calls of tasks on the main thread are posted, although they might lead."""
 
     def leads_for(self, scope: RedisScope) -> bool:
         """True while a caller executes a call of this scope on its own thread."""
@@ -140,11 +150,14 @@ class RedisConnectionOwner(ConnectionOwner["RedisScope | Command", Call, Connect
         commands = scope.commands
         led = self._led
         if led is not None:
+            with suppress(ValueError):
+                self._under_way.remove(led)  # that of a task may have got there
             if not led.over:
                 # The reply may still arrive, and would be taken for that of another command.
                 connection, self._connection = self._connection, None
                 if connection is not None:
                     connection.close()
+                self._unsent = b""
                 led.error = self._lost(Broken("the caller was interrupted"))
                 led.over = True
             commands.command = led
@@ -343,6 +356,171 @@ class RedisConnectionOwner(ConnectionOwner["RedisScope | Command", Call, Connect
         return None
 
     # ----------------------------------------------------------------------------------------------------- event loops
+
+    def call_for_task(self, scope: RedisScope, call: Call, waiter: LoopReply) -> None:
+        """Do the call of a task on the main thread: its event loop waits for the reply itself if it is the only call.
+
+        As a caller that leads, this does one call and no other, because a signal handler may raise here. So it is done
+        only while nothing else is under way. A call that comes in the meantime is posted, and the I/O thread takes
+        over. Raises the error that refuses the call.
+        """
+        try:
+            if self._to_post:
+                self._to_post -= 1
+            elif not self._claim and not self._wanted and not self._under_way:
+                call.thread = get_ident()
+                if self._claim.setdefault(HOLDER, call) is call:
+                    led = self._lead_for_task(scope, call, waiter.loop)
+                    self._give_back()
+                    if led:
+                        return
+                self._to_post = _POSTED
+            else:
+                self._to_post = _POSTED
+            scope.post(call)
+        except BaseException:
+            certainly(partial(self._recover, scope, call))
+            waiter.future.cancel()  # its task ends with this error, and would leave any other unread
+            raise
+
+    def _lead_for_task(self, scope: RedisScope, call: Call, loop: AbstractEventLoop) -> bool:
+        connection = self._connection
+        if connection is None or self._leaving or self._under_way or self._inbox or self._ready or not scope.is_idle:
+            return False
+        watch = self._watch_of(loop, self._drive_for_task)
+        if watch is None:
+            return False
+        if connection.is_stale():
+            self._drop_idle(connection)
+            return False
+        call.loop = loop
+        self._send_led(scope, call, watch)
+        return True
+
+    def _send_led(self, scope: RedisScope, call: Call, watch: Watch) -> None:
+        """Send the next command for the call of a task, whose event loop then waits for the reply."""
+        commands, ended = scope.commands, list[Call]()
+        command = commands.make_one(call, ended)
+        if command is None:
+            self._deliver([(call.reply_to, call.answer, call.error)])
+            return
+        if command.bulk or self._moves:
+            via = self._routes.via(command) if self._routes is not None else self
+            if command.bulk or via is not self:
+                command.via = via
+                commands.command = command
+                via.post(command)
+                return
+        command.begun = True
+        command.via = self
+        command.address = watch.connection.address
+        command.deadline = self._clock() + self._call_timeout_s
+        self._led = command
+        try:
+            sent = watch.connection.send_now(command.data)
+        except Broken as error:
+            self._fail_led(command, error)
+            return
+        self._unsent = command.data[sent:]
+        self._sent_at, self._round = self._clock(), 1
+        commands.command = command
+        self._under_way.append(command)
+        self._led = None
+        if self._unsent:
+            self._is_news = True
+        else:
+            watch.start(AGAIN_S, self._check_led)
+
+    def _drive_for_task(self, watch: Watch) -> None:
+        """Receive the reply that a task waits for. On the main thread, when there is something to receive."""
+        try:
+            if watch is self._watch and self._claim.setdefault(HOLDER, watch) is watch:
+                if not self._receive_for_task(watch):
+                    watch.stop()
+                    if self._under_way or self._ready:
+                        self._is_news = True
+                self._give_back()
+            else:
+                watch.stop()
+                if self._under_way:
+                    self._ask()  # the holder may not take answers, and then the I/O thread does
+        except BaseException:
+            certainly(partial(self._recover_task, watch))
+            raise
+
+    def _receive_for_task(self, watch: Watch) -> bool:
+        """Receive the reply and tell the task. False: something else is under way too, so it is the I/O thread's."""
+        under_way, connection = self._under_way, self._connection
+        if connection is not watch.connection or len(under_way) != 1 or self._leaving or self._inbox or self._ready:
+            return False
+        command = under_way[0]
+        scope, call = command.scope, command.calls[0]
+        if call.loop is not watch.loop or scope.owner is not self or self._unsent:
+            return False
+        if not connection.readable():
+            return True
+        self._led = command
+        try:
+            connection.receive()
+            reply = connection.next_reply()
+        except Broken as error:
+            under_way.clear()
+            self._fail_led(command, error)
+            return True
+        if reply is NOT_ALL:
+            self._led = None
+            return True
+        under_way.clear()
+        command.reply = reply
+        command.over = True
+        if type(reply) is Refusal:
+            self._inbox.append(command)
+            self._led = None
+            return True
+        commands, queue, ended = scope.commands, list[Call](), list[Call]()
+        commands.command = None
+        commands.settle(command, queue, ended)
+        if commands.pausing:
+            self._schedule(scope)
+        if call.done:
+            self._deliver([(call.reply_to, call.answer, call.error)])
+        elif queue:
+            self._send_led(scope, call, watch)
+        self._led = None
+        if scope.mailbox:
+            self._inbox.append(scope)
+        return True
+
+    def _fail_led(self, command: Command, error: Broken) -> None:
+        """End a command whose connection was lost; the I/O thread tells its task."""
+        connection = self._connection
+        if connection is not None:
+            self._forget(connection, error)
+        command.error = self._lost(error)
+        command.over = True
+        command.scope.commands.command = command
+        self._inbox.append(command)
+        self._led = None
+
+    def _check_led(self, watch: Watch) -> None:
+        """Leave a reply that takes long to the I/O thread, which knows the time limits."""
+        if watch is self._watch and self._under_way:
+            if self._clock() - self._sent_at < AGAIN_S:
+                watch.check_later(AGAIN_S, self._check_led)
+            else:
+                watch.stop()
+                self._ask()
+
+    def _recover_task(self, watch: Watch) -> None:
+        """Leave what was interrupted while a reply was received to the I/O thread. May be repeated."""
+        if self._claim.get(HOLDER) is watch:
+            led: Command | None = self._led
+            if led is not None:
+                self.over += [call for call in led.calls if call.done]  # perhaps not told yet; told twice does no harm
+                self._recover_led(led.scope, led.calls[0])
+            self._claim.pop(HOLDER, None)
+        watch.stop()
+        self._ask()
 
     def _may_drive(self, watch: Watch) -> bool:
         return not any(type(item) is Command for item in list(self._inbox)) and super()._may_drive(watch)

@@ -157,7 +157,10 @@ class RedisScope(ScopeActor):
             reply.fail(error)
             return
         waiter = reply.loop_reply
-        if waiter is not None and get_ident() != _MAIN.ident:
+        if waiter is not None:
+            if get_ident() == _MAIN.ident:
+                self.owner.call_for_task(self, call, waiter)
+                return
             call.loop = waiter.loop
         self.post(call)
 

@@ -107,6 +107,7 @@ JUDGED = {
     "wire_embedding": {"at_most": 1.0},
     "redis_set": {"at_most": 1.4},
     "redis_update": {"at_most": 1.6},
+    "redis_one_task": {"at_most": 1},
     "redis_tasks_scopes": {"at_least": 3.5},
     "redis_tasks_one_scope": {"at_least": 5},
     "redis_threads_scopes": {"at_least": 3},

@@ -15,6 +15,7 @@ from __future__ import annotations
 import sys
 import time
 import types
+from contextlib import suppress
 from typing import Any
 
 import hiredis
@@ -42,7 +43,7 @@ from scopestate.persistence.redis.tail import Published
 
 _LEFT_OUT = LEFT_OUT | {
     "_around", "_batches", "_head_of_set", "_largest", "_store", "_limits", "_scope", "_changed", "_routes", "_session",
-    "name", "hash_key", "scope_name"
+    "name", "hash_key", "scope_name", "_to_post"
 }  # fmt: skip
 
 
@@ -253,6 +254,25 @@ class Model:
 
         self.world.spawn("loop", work)
 
+    def main_task(self, scope: Scope, turn: Any) -> None:
+        """Add a thread as the main one is, with an event loop: a task makes one call, and signal handlers may raise."""
+        reply_to, loop = ReplyTo(), Loop(self)
+        self.posted.append(reply_to)
+        self.world.roots.append(loop)
+
+        def work() -> None:
+            call: Any = Call(turn, reply_to, 0)  # type: ignore[arg-type]
+            waiter = types.SimpleNamespace(loop=loop, future=types.SimpleNamespace(cancel=bool))
+            try:
+                self.owner.call_for_task(scope, call, waiter)
+            except KeyboardInterrupt:
+                self.posted.remove(reply_to)  # the task has ended with it
+            while True:
+                with suppress(KeyboardInterrupt):
+                    loop.run()  # again after an interruption, as asyncio.run does
+
+        self.world.spawn("main", work, can_be_cut=True)
+
     def is_at_rest(self) -> bool:
         return (
             all(thread.is_over for thread in self.callers)
@@ -358,6 +378,29 @@ def a_task_and_a_poster(world: World) -> None:
     world.time_passes_amid = False
     model.poster("P", model.scope("a"), put(1))
     model.task(model.scope("b"), add(2))
+
+
+def a_main_task_and_a_poster(world: World, kind: type[RedisConnectionOwner] = RedisConnectionOwner) -> None:
+    model = Model(world, kind, is_slow=True)
+    world.time_passes_amid = False
+    scope = model.scope("a")
+    model.main_task(scope, put(1))
+    model.poster("P", scope, put(2))
+
+
+def a_main_task_that_reads_first(world: World) -> None:
+    model = Model(world)
+    world.time_passes_amid = False
+    model.main_task(model.scope("a"), add(1))
+    model.poster("P", model.scope("b"), put(2))
+
+
+def a_main_task_and_a_caller(world: World) -> None:
+    model = Model(world)
+    world.time_passes_amid = False
+    scope = model.scope()
+    model.main_task(scope, put(1))
+    model.caller("A", scope, put(2), timeout_s=9.0)
 
 
 def all_of_them(world: World) -> None:

@@ -18,6 +18,8 @@ from scopestate.errors import ConnectionLost, EngineClosed, StorageError
 from scopestate.persistence.redis.connection import Connection
 from scopestate.server.server import new_loop
 
+Run = Callable[..., Any]
+"""`on_loop` or `on_main_loop`."""
 LOOPS: list[Callable[[], asyncio.AbstractEventLoop]] = [asyncio.new_event_loop, new_loop]
 
 
@@ -31,10 +33,22 @@ def on_loop(work: Callable[[], Coroutine[Any, Any, Any]], factory: Any = asyncio
     return InThread(run).result()
 
 
+def on_main_loop(work: Callable[[], Coroutine[Any, Any, Any]], factory: Any = asyncio.new_event_loop) -> Any:
+    """Run a coroutine on the main thread's event loop, as most programs do."""
+    with asyncio.Runner(loop_factory=factory) as runner:
+        return runner.run(work())
+
+
+on_each_thread = pytest.mark.parametrize("run", [on_loop, on_main_loop])
+
+
+@on_each_thread
 @pytest.mark.parametrize("factory", LOOPS, ids=["asyncio", "as the server has it"])
-def test_one_task_after_another_needs_no_other_thread(valkey: Server, factory: Any) -> None:
+def test_one_task_after_another_needs_no_other_thread(valkey: Server, run: Run, factory: Any) -> None:
     with open_at(valkey.url) as other:
-        other.set("s", "k", 4)  # the server knows the script now
+        other.set("s", "k", 4)
+        other.update("s", "k", INCREMENT)
+        other.get("s", "k")  # the server knows the scripts now
     with open_at(valkey.url) as engine:
         engine.set("s", "k", 0)
 
@@ -45,18 +59,35 @@ def test_one_task_after_another_needs_no_other_thread(valkey: Server, factory: A
                 await engine.aio.update("t", "k", INCREMENT)
             return await engine.aio.get("t", "k")
 
-        assert on_loop(work, factory) == 20
+        assert run(work, factory) == 20
         assert not any(owner._begun for owner in owners_of(engine))
         assert engine.stats().store["connects"] == 1
 
 
-def test_the_main_thread_s_loop_leaves_it_to_the_io_thread(valkey: Server) -> None:
+def test_many_tasks_of_the_main_thread_are_left_to_the_io_thread(valkey: Server) -> None:
     """There a signal handler may raise in the middle of what is done for other callers."""
     with open_at(valkey.url) as engine:
         engine.set("s", "k", 0)
-        asyncio.run(engine.aio.set("s", "k", 1))
-        assert owners_of(engine)[0]._begun
-        assert owners_of(engine)[0]._watch is None
+        (owner,) = [owner for owner in owners_of(engine) if owner._connection is not None]
+        led: list[Any] = []
+        receive = owner._receive_for_task
+
+        def received(watch: Any) -> bool:
+            led.append(receive(watch))
+            return bool(led[-1])
+
+        owner._receive_for_task = received  # type: ignore[method-assign]
+
+        async def work() -> None:
+            await asyncio.gather(*(engine.aio.update("s", "k", INCREMENT) for _ in range(50)))
+            assert len(led) <= 1
+            for _ in range(100):
+                await engine.aio.update("s", "k", INCREMENT)
+            assert len(led) > 20  # again by itself once the tasks have gone
+
+        asyncio.run(work())
+        assert owner._begun
+        assert engine.get("s", "k") == 150
 
 
 @pytest.mark.parametrize("factory", LOOPS, ids=["asyncio", "as the server has it"])
@@ -89,7 +120,10 @@ def test_tasks_of_two_loops_and_threads_get_their_own_answers(redis_server: Serv
         at_rest(engine)
 
 
-def test_a_server_that_does_not_answer_costs_the_loop_no_longer_than_a_thread(start_server: StartServer) -> None:
+@on_each_thread
+def test_a_server_that_does_not_answer_costs_the_loop_no_longer_than_a_thread(
+    start_server: StartServer, run: Run
+) -> None:
     server = start_server()
     with open_at(server.url, {"call_timeout_ms": 20_000}, call_timeout_ms=200) as engine:
         engine.set("s", "k", 0)
@@ -103,10 +137,13 @@ def test_a_server_that_does_not_answer_costs_the_loop_no_longer_than_a_thread(st
             assert (await engine.aio.set("s", "other", 3)).created
             return type(caught.value.__cause__)
 
-        assert on_loop(work) is ConnectionLost
+        assert run(work) is ConnectionLost
 
 
-def test_a_loop_that_ends_while_it_waits_leaves_no_answer_to_the_next_caller(start_server: StartServer) -> None:
+@on_each_thread
+def test_a_loop_that_ends_while_it_waits_leaves_no_answer_to_the_next_caller(
+    start_server: StartServer, run: Run
+) -> None:
     server = start_server()
     with open_at(server.url, {"call_timeout_ms": 20_000}, call_timeout_ms=20_000) as engine:
         engine.set("s", "k", "old")
@@ -121,15 +158,16 @@ def test_a_loop_that_ends_while_it_waits_leaves_no_answer_to_the_next_caller(sta
             assert owners_of(engine)[0]._under_way
             task.cancel()
 
-        on_loop(work)
+        run(work)
         server.resume()
         assert engine.get("t", "k") == "theirs"
         assert engine.get("s", "k") == "new"
         assert engine.stats().store["connects"] == 1
 
 
+@on_each_thread
 def test_what_does_not_fit_into_the_socket_is_sent_by_the_io_thread(
-    valkey: Server, monkeypatch: pytest.MonkeyPatch
+    valkey: Server, monkeypatch: pytest.MonkeyPatch, run: Run
 ) -> None:
     send_now = Connection.send_now
     monkeypatch.setattr(Connection, "send_now", lambda self, data: send_now(self, data[:7]))
@@ -141,7 +179,7 @@ def test_what_does_not_fit_into_the_socket_is_sent_by_the_io_thread(
                 await engine.aio.set("s", "k", number)
             return await engine.aio.get("s", "k")
 
-        assert on_loop(work) == 19
+        assert run(work) == 19
         assert owners_of(engine)[0]._begun
 
 
@@ -170,7 +208,8 @@ def test_a_thread_that_comes_while_the_loop_waits_does_not_wait_for_the_loop(sta
         assert loop.result().old_value == 1
 
 
-def test_closing_the_engine_lets_go_of_the_loop_s_descriptor(start_server: StartServer) -> None:
+@on_each_thread
+def test_closing_the_engine_lets_go_of_the_loop_s_descriptor(start_server: StartServer, run: Run) -> None:
     server = start_server()
     engine = open_at(server.url, {"close_grace_ms": 1}, call_timeout_ms=20_000)
     engine.set("s", "k", 0)
@@ -195,12 +234,13 @@ def test_closing_the_engine_lets_go_of_the_loop_s_descriptor(start_server: Start
             os.fstat(fd)
 
     try:
-        on_loop(work)
+        run(work)
     finally:
         engine.close()
 
 
-def test_a_connection_that_the_server_has_closed_is_made_anew(start_server: StartServer) -> None:
+@on_each_thread
+def test_a_connection_that_the_server_has_closed_is_made_anew(start_server: StartServer, run: Run) -> None:
     server = start_server()
     with open_at(server.url) as engine:
         engine.set("s", "k", 0)
@@ -210,11 +250,12 @@ def test_a_connection_that_the_server_has_closed_is_made_anew(start_server: Star
             server.ask("CLIENT", "KILL", "TYPE", "normal")
             return await engine.aio.get("s", "k")
 
-        assert on_loop(work) == 1
+        assert run(work) == 1
         until(lambda: engine.stats().store["connects"] == 2, "the connection is not made anew")
 
 
-def test_events_of_a_loop_s_writes_come_in_order(valkey: Server) -> None:
+@on_each_thread
+def test_events_of_a_loop_s_writes_come_in_order(valkey: Server, run: Run) -> None:
     with open_at(valkey.url) as engine:
         heard: list[Any] = []
 
@@ -226,7 +267,7 @@ def test_events_of_a_loop_s_writes_come_in_order(valkey: Server) -> None:
             for number in range(100):
                 await engine.aio.set("s", "k", number)
 
-        on_loop(lambda: work(engine))
+        run(lambda: work(engine))
         engine.drain(60)
         assert heard == list(range(100))
 

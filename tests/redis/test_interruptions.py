@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import random
 import signal
@@ -20,10 +21,8 @@ from reliability.test_interruption import alarms, untraced  # noqa: F401 - a fix
 from servers import Server, StartServer
 
 from scopestate import Engine
-from scopestate.errors import (
-    ScopestateError,
-    WouldDeadlock,
-)
+from scopestate.errors import ConnectionLost, ScopestateError, StorageError, WouldDeadlock
+from scopestate.server.server import new_loop
 
 # As in reliability/test_interruption.py: an exception that comes within a weakref callback is dropped with a warning.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -78,6 +77,76 @@ def test_a_call_interrupted_at_any_opcode_leaves_the_next_ones_their_own_answers
             if not reached:
                 break
         assert place > 50
+
+
+AWAITED: dict[str, Callable[[Engine, int], Any]] = {
+    "set": lambda engine, number: engine.aio.set("s", "k", number),
+    "update that looks first": lambda engine, number: engine.aio.update("s", f"new-{number}", INCREMENT),
+    "get": lambda engine, number: engine.aio.get("s", f"other-{number}"),
+}
+
+
+@pytest.mark.parametrize("step", ["call_for_task", "_drive_for_task"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Interruption])
+@pytest.mark.parametrize("work", AWAITED)
+def test_an_event_loop_interrupted_at_any_opcode_answers_its_tasks(
+    valkey: Server, work: str, error: type[BaseException], step: str
+) -> None:
+    """On the main thread, in the two functions that work for a task: one sends its call, one takes the reply."""
+    with open_at(valkey.url, LIMITS) as engine:
+        engine.set("s", "k", 0)
+        engine.update("s", "counter", INCREMENT)
+        owner = owners_of(engine)[0]
+        do = getattr(owner, step)
+        place = 0
+        is_next = reached = False
+
+        def cut(*arguments: Any) -> None:
+            nonlocal is_next, reached
+            if not is_next:
+                do(*arguments)
+                return
+            is_next = False
+            reached = interrupt_at(place, lambda: do(*arguments), error)
+            if step == "call_for_task" and reached:
+                raise error
+
+        setattr(owner, step, cut)
+
+        async def one_cut_call() -> str:
+            nonlocal is_next
+            owner._to_post, is_next = 0, True
+            try:
+                await asyncio.wait_for(AWAITED[work](engine, place), 20)
+            except (error, StorageError) as failed:
+                return type(failed.__cause__ or failed).__name__
+            return "done"
+
+        async def next_calls() -> None:
+            for number in range(3):
+                assert (await engine.aio.set("s", "k", [place, number])).new_value == [place, number]
+                assert await engine.aio.get("s", "k") == [place, number], f"at opcode {place}"
+
+        outcomes: set[str] = set()
+        stride = size(6, 2)
+        # That of asyncio is written in Python: it may lose the wake-up of a task if it is interrupted itself.
+        with asyncio.Runner(loop_factory=new_loop) as runner:
+            for place in itertools.count(1 + stride // 2 * (error is Interruption), stride):
+                try:
+                    outcomes.add(runner.run(one_cut_call()))
+                except KeyboardInterrupt:
+                    outcomes.add(error.__name__)
+                asked = InThread(lambda: engine.update("s", "counter", INCREMENT).new_value)
+                assert asked.result() > place / stride, f"at opcode {place}"
+                at_rest(engine)
+                assert owner._claim == {}
+                runner.run(next_calls())
+                if not reached:
+                    break
+        assert place > 50
+        raised = error.__name__ if step == "call_for_task" else ConnectionLost.__name__
+        # An error of a signal handler may also be taken for that of a value, which refuses the call.
+        assert {raised, "done"} <= outcomes <= {raised, "done", error.__name__}
 
 
 @pytest.mark.usefixtures("untraced")

@@ -10,6 +10,9 @@ from interleaving import Problem, World, explore
 from owner_model import (
     a_caller_and_a_poster,
     a_caller_and_a_task,
+    a_main_task_and_a_caller,
+    a_main_task_and_a_poster,
+    a_main_task_that_reads_first,
     a_pause_and_a_caller,
     a_task_and_a_poster,
     a_task_and_housekeeping,
@@ -17,6 +20,7 @@ from owner_model import (
 from played_owner import enter_worlds
 
 from scopestate.persistence.connections.connection import Broken
+from scopestate.persistence.connections.watch import Watch
 from scopestate.persistence.redis import scope as scope_module
 from scopestate.persistence.redis.owner import RedisConnectionOwner
 
@@ -30,6 +34,10 @@ LARGE = [
     (a_caller_and_a_poster, {"losses": 1}),
     (a_pause_and_a_caller, {"rivals": 1}),
     (a_caller_and_a_task, {}),
+    (a_main_task_and_a_poster, {"cuts": 1}),
+    (a_main_task_that_reads_first, {"cuts": 1}),
+    (a_main_task_that_reads_first, {"losses": 1}),
+    (a_main_task_and_a_caller, {"cuts": 1}),
 ]
 """Scenarios of ten seconds and more. Bugs are looked for in them in every run: that ends with the first one."""
 
@@ -42,6 +50,7 @@ LARGE = [
         (a_caller_and_a_poster, {"timeouts": 1}),
         (a_task_and_a_poster, {"rivals": 1}),
         (a_task_and_housekeeping, {}),
+        (a_main_task_and_a_poster, {}),
         *(LARGE if FULL else ()),
     ],
 )
@@ -83,6 +92,14 @@ class SendsAgain(RedisConnectionOwner):
             self._pass_to(self, other)
 
 
+class LeavesTheReply(RedisConnectionOwner):
+    """And one more: an event loop that was interrupted does not ask the I/O thread to receive the reply."""
+
+    def _recover_task(self, watch: Watch) -> None:
+        watch.stop()
+        self._claim.pop("holder", None)
+
+
 @pytest.mark.parametrize(
     ("kind", "scenario", "faults"),
     [
@@ -90,6 +107,7 @@ class SendsAgain(RedisConnectionOwner):
         (LooksFirst, a_caller_and_a_poster, {}),
         (LooksFirst, a_caller_and_a_task, {}),
         (SendsAgain, a_caller_and_a_poster, {"losses": 1}),
+        (LeavesTheReply, a_main_task_and_a_poster, {"cuts": 1}),
     ],
 )
 def test_a_bug_is_found(
