@@ -161,9 +161,7 @@ class BridgeConnectionOwner(
                 "to another thread"
             )
 
-    def end(self) -> None:
-        """As for every connection owner; also ends an attempt to connect."""
-        super().end()
+    def _abort_attempt(self) -> None:
         self._bridge_target.abort()
 
     # ------------------------------------------------------------------------------------------------ on its own thread

@@ -414,8 +414,13 @@ class ConnectionOwner(Pump[T_Item, T_Call, T_Connection]):
     def end(self) -> None:
         """Accept nothing new, and let no thread wait for an answer any longer; `close` waits for these threads."""
         self._ended = True
+        self._abort_attempt()
         if (connection := self._connection) is not None:
             connection.shut()
+
+    @abstractmethod
+    def _abort_attempt(self) -> None:
+        """End the attempt to connect that is in progress, if there is one. From any thread."""
 
     def close(self) -> None:
         """End the connection; calls that still wait are refused. Idempotent."""
@@ -425,7 +430,8 @@ class ConnectionOwner(Pump[T_Item, T_Call, T_Connection]):
             if (bell := self._bell) is not None:
                 bell.ring()
             try:
-                join(thread)
+                while not join(thread, AGAIN_S):
+                    self._abort_attempt()  # it may just have begun
                 break
             except RuntimeError:
                 time.sleep(0.001)  # it is about to be started or abandoned

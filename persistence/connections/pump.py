@@ -418,6 +418,8 @@ class Pump(ABC, Generic[T_Item, T_Call, T_Connection]):
             try:
                 self._connection = connection = self._attempts.connect()
             except NotConnected as error:
+                if self._ended:
+                    return None  # the attempt was aborted; `close` refuses what waits
                 self._attempts.note_failure(error)
                 self._pass_on()
             else:

@@ -7,6 +7,7 @@ import socket
 import ssl
 import threading
 from contextlib import suppress
+from threading import get_ident
 from typing import Any, Final
 
 from redis import connection as library
@@ -27,6 +28,8 @@ _LOGIN_REFUSED: Final = (
 )
 _OURS: Final = (NoConnection, NoAnswer)
 """Errors with messages of our own, which may name a host that is called like the password."""
+_DIALLED: Final[dict[int, AbstractConnection]] = {}
+"""Thread id -> the connection that this thread is making."""
 _PIECE: Final = 8
 """Length of a part of a password that would reveal too much."""
 
@@ -61,6 +64,7 @@ class Server:
         overdue = threading.Timer(self._within_s, give_up)
         overdue.daemon = True
         overdue.start()
+        _DIALLED[get_ident()] = dialled
         try:
             dialled.connect()
             return self.wrapped(dialled)
@@ -68,6 +72,7 @@ class Server:
             dialled.disconnect()
             reason = error
         finally:
+            del _DIALLED[get_ident()]
             overdue.cancel()
         problem = f"no connection to Redis at {self.address}: "
         if _reveals(reason, self._place.password):
@@ -116,6 +121,13 @@ class Server:
     def wrapped(self, dialled: AbstractConnection) -> connection.Connection:
         """Wrap a connection of the library."""
         return connection.Connection(dialled, self.address, self._options.call_timeout_s)
+
+
+def abort_dial(thread: threading.Thread) -> None:
+    """End the attempt to connect that a thread is making, whatever server it dials. Not while TCP connects."""
+    dialled = _DIALLED.get(thread.ident or 0)
+    if dialled is not None:
+        _cut(dialled)
 
 
 def traits(opened: connection.Connection) -> dict[bytes, Any]:

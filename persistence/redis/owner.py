@@ -16,6 +16,7 @@ from scopestate.persistence.connections.pump import AGAIN_S, Means, TimeLimits
 from scopestate.persistence.connections.watch import Watch
 from scopestate.persistence.redis.calls import Call, Command, Pause
 from scopestate.persistence.redis.connection import PASSING, Connection, Refusal, pack
+from scopestate.persistence.redis.dialling import abort_dial
 from scopestate.persistence.redis.options import RedisOptions
 from scopestate.persistence.redis.script import with_source
 from scopestate.signals import certainly
@@ -176,6 +177,11 @@ class RedisConnectionOwner(ConnectionOwner["RedisScope | Command", Call, Connect
 
     def _too_late(self, scope: RedisScope, timeout_s: float) -> ReplyTimeout:
         return ReplyTimeout(scope.scope, timeout_s)
+
+    def _abort_attempt(self) -> None:
+        thread = self._thread.get("thread")
+        if thread is not None:
+            abort_dial(thread)
 
     # ------------------------------------------------------------------------------------------------- what was posted
 

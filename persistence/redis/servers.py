@@ -83,7 +83,7 @@ class Pool(Generic[T_Target]):
     def close(self) -> None:
         """Close every connection. Idempotent."""
         for owner in self._owners:
-            owner.end()  # all at once: each may be in the middle of an attempt to connect, which takes its time to fail
+            owner.end()  # all at once: each may be in the middle of an attempt to connect
         for owner in self._owners:
             owner.close()
 

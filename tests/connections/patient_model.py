@@ -78,6 +78,9 @@ class PatientOwner(ConnectionOwner[NumberedCall, NumberedCall, Any]):
             self._leave_to_thread(call)
         return True
 
+    def _abort_attempt(self) -> None:
+        """A played line is there at once."""
+
     def _recover_led(self, home: Any, call: NumberedCall) -> None:
         if self._led is None:
             return

@@ -218,10 +218,10 @@ def test_close_does_not_leave_an_update_in_its_pause(valkey: Server, monkeypatch
         assert isinstance(error, EngineClosed) or type(error.__cause__) is ConnectionLost  # noqa: PT017
 
 
-def test_closing_while_many_connections_are_being_made_takes_no_longer_than_one(start_server: StartServer) -> None:
+def test_closing_does_not_wait_for_connections_that_are_being_made(start_server: StartServer) -> None:
     server = start_server()
     limits = {"close_grace_ms": 100}
-    engine = open_at(server.url, limits, call_timeout_ms=300, connect_timeout_ms=2500, connect_wait_ms=60_000)
+    engine = open_at(server.url, limits, call_timeout_ms=300, connect_timeout_ms=60_000, connect_wait_ms=60_000)
     engine.set("s", "k", 0)
     server.pause()
 
@@ -238,7 +238,7 @@ def test_closing_while_many_connections_are_being_made_takes_no_longer_than_one(
     began = time.monotonic()
     engine.close()
 
-    assert time.monotonic() - began < 25  # one after another they would take 35 s
+    assert time.monotonic() - began < 30  # a connection would take twice as long to fail
     assert {thread.result() for thread in threads} <= {"StorageError", "EngineClosed"}
 
 
