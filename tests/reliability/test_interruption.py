@@ -278,7 +278,7 @@ def test_reading_a_watch_interrupted_at_any_opcode_loses_no_change(
                 if phase in ("waiting", "latest"):
                     for number in expected:
                         scope.set(f"{number}", number)
-                    while sum(1 for _ in changes._watcher.pending or changes._watcher.newest or ()) < 5:
+                    while len(changes._watcher.pending or changes._watcher.newest or ()) < 5:
                         engine._router.wake_anyway()
                 got: list[Any] = []
                 reached = interrupt_at(place, lambda: got.append(changes.get(PATIENCE_S)), error)  # noqa: B023 - runs at once
