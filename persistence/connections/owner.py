@@ -261,7 +261,8 @@ class ConnectionOwner(Pump[T_Item, T_Call, T_Connection]):
         `drive(watch)` is called when there is something to receive.
         """
         watch, connection = self._watch, self._connection
-        if watch is not None and watch.loop is loop and watch.connection is connection:
+        is_here = watch is not None and watch.loop is loop and watch.thread == get_ident()
+        if watch is not None and is_here and watch.connection is connection:
             return watch
         if connection is None or self._under_way or self._wake is not None:
             return None
@@ -278,7 +279,7 @@ class ConnectionOwner(Pump[T_Item, T_Call, T_Connection]):
         before, self._watch = self._watch, watch
         if before is not None:
             before.end()
-        return self._watch
+        return watch if self._watch is watch else None  # another loop may have come in between
 
     def _may_drive(self, watch: Watch) -> bool:
         """True if an event loop can do all waiting work without blocking. Protocols may add conditions."""
@@ -294,9 +295,7 @@ class ConnectionOwner(Pump[T_Item, T_Call, T_Connection]):
     def _drive(self, watch: Watch) -> None:
         """Do what can be done without waiting; the loop calls this again when answers are there."""
         if watch is not self._watch or self._claim.setdefault(HOLDER, watch) is not watch:
-            watch.stop()
-            if self._under_way:
-                self._ask()  # the holder may not take answers, and then the I/O thread does
+            self._leave_to_holder(watch)
             return
         try:
             if not self._may_drive(watch):
@@ -315,6 +314,12 @@ class ConnectionOwner(Pump[T_Item, T_Call, T_Connection]):
                 self._ask()
         finally:
             self._give_back()
+
+    def _leave_to_holder(self, watch: Watch) -> None:
+        """Let the holder of the claim take the answers; or the I/O thread, if the holder may not."""
+        watch.stop()
+        if self._under_way:
+            self._ask()
 
     def _check_age(self, watch: Watch) -> None:
         """End overdue calls: the event loop's part of enforcing time limits, which the I/O thread does otherwise."""

@@ -20,6 +20,8 @@ class Watch:
     the loop still knows it: the system may assign the number of a closed descriptor to another socket at once.
     """
 
+    _fd = -1  # until it has one
+
     def __init__(
         self, loop: AbstractEventLoop, connection: Connection, fd: int, drive: Callable[[Watch], None]
     ) -> None:
@@ -57,8 +59,9 @@ class Watch:
 
     def check_later(self, timeout_s: float, check: Callable[[Watch], None]) -> None:
         """Call `check(watch)` in `timeout_s` seconds: one timer, not one for each command."""
-        self._checks = True
+        # In this order: on the main thread this may be interrupted, and a second timer does no harm.
         self.loop.call_later(timeout_s, self._check, check)
+        self._checks = True
 
     def end(self) -> None:
         """Release the connection. From any thread; idempotent."""

@@ -9,7 +9,7 @@ from functools import partial
 from threading import get_ident
 from typing import TYPE_CHECKING, Final, Protocol
 
-from scopestate.errors import ConnectionLost, ReplyTimeout, ScopestateError, StorageError
+from scopestate.errors import ConnectionLost, Overloaded, ReplyTimeout, ScopestateError, StorageError
 from scopestate.persistence.connections.connection import NOT_ALL, Broken, Target
 from scopestate.persistence.connections.owner import HOLDER, ConnectionOwner, arm
 from scopestate.persistence.connections.pump import AGAIN_S, Means, TimeLimits
@@ -373,21 +373,31 @@ class RedisConnectionOwner(ConnectionOwner["RedisScope | Command", Call, Connect
         try:
             if self._to_post:
                 self._to_post -= 1
-            elif not self._claim and not self._wanted and not self._under_way:
+            elif self._under_way or self._inbox:
+                self._to_post = _POSTED
+            elif not self._claim and not self._wanted:  # else the I/O thread is just ending its work
                 call.thread = get_ident()
                 if self._claim.setdefault(HOLDER, call) is call:
                     led = self._lead_for_task(scope, call, waiter.loop)
                     self._give_back()
                     if led:
                         return
-                self._to_post = _POSTED
-            else:
-                self._to_post = _POSTED
+                    self._to_post = _POSTED
             scope.post(call)
-        except BaseException:
-            certainly(partial(self._recover, scope, call))
-            waiter.future.cancel()  # its task ends with this error, and would leave any other unread
+        except Overloaded:
             raise
+        except BaseException:
+            certainly(partial(self._recover_call, scope, call, waiter))
+            raise
+
+    def _recover_call(self, scope: RedisScope, call: Call, waiter: LoopReply) -> None:
+        """Recover from the interruption of a task that makes a call. May be repeated."""
+        self._to_post = _POSTED
+        watch = self._watch
+        if watch is not None and watch.loop is waiter.loop:
+            watch.stop()
+        self._recover(scope, call)
+        waiter.future.cancel()  # the task ends with what is being raised, and would leave any other error unread
 
     def _lead_for_task(self, scope: RedisScope, call: Call, loop: AbstractEventLoop) -> bool:
         connection = self._connection
@@ -433,7 +443,7 @@ class RedisConnectionOwner(ConnectionOwner["RedisScope | Command", Call, Connect
         self._under_way.append(command)
         self._led = None
         if self._unsent:
-            self._is_news = True
+            self._ask()
         else:
             watch.start(AGAIN_S, self._check_led)
 
@@ -444,12 +454,10 @@ class RedisConnectionOwner(ConnectionOwner["RedisScope | Command", Call, Connect
                 if not self._receive_for_task(watch):
                     watch.stop()
                     if self._under_way or self._ready:
-                        self._is_news = True
+                        self._ask()
                 self._give_back()
             else:
-                watch.stop()
-                if self._under_way:
-                    self._ask()  # the holder may not take answers, and then the I/O thread does
+                self._leave_to_holder(watch)
         except BaseException:
             certainly(partial(self._recover_task, watch))
             raise
@@ -490,7 +498,7 @@ class RedisConnectionOwner(ConnectionOwner["RedisScope | Command", Call, Connect
             self._schedule(scope)
         if call.done:
             self._deliver([(call.reply_to, call.answer, call.error)])
-        elif queue:
+        elif queue and not call.is_abandoned:
             self._send_led(scope, call, watch)
         self._led = None
         if scope.mailbox:
@@ -510,23 +518,41 @@ class RedisConnectionOwner(ConnectionOwner["RedisScope | Command", Call, Connect
 
     def _check_led(self, watch: Watch) -> None:
         """Leave a reply that takes long to the I/O thread, which knows the time limits."""
-        if watch is self._watch and self._under_way:
-            if self._clock() - self._sent_at < AGAIN_S:
-                watch.check_later(AGAIN_S, self._check_led)
-            else:
-                watch.stop()
-                self._ask()
+        try:
+            if watch is self._watch and self._under_way:
+                if self._clock() - self._sent_at < AGAIN_S:
+                    watch.check_later(AGAIN_S, self._check_led)
+                else:
+                    watch.stop()
+                    self._ask()
+        except BaseException:
+            certainly(partial(self._recover_task, watch))
+            raise
 
     def _recover_task(self, watch: Watch) -> None:
-        """Leave what was interrupted while a reply was received to the I/O thread. May be repeated."""
+        """Leave what was interrupted on the event loop to the I/O thread. May be repeated."""
         if self._claim.get(HOLDER) is watch:
             led: Command | None = self._led
             if led is not None:
-                self.over += [call for call in led.calls if call.done]  # perhaps not told yet; told twice does no harm
-                self._recover_led(led.scope, led.calls[0])
+                self._recover_received(led)
             self._claim.pop(HOLDER, None)
         watch.stop()
         self._ask()
+
+    def _recover_received(self, led: Command) -> None:
+        scope, call = led.scope, led.calls[0]
+        command = scope.commands.command
+        if led.over and command is not None and command is not led:  # the next command of the call: another owner's
+            (command.via or self).post(command)  # a second copy is ignored
+            self._led = None
+            return
+        if led.over and command is None:  # `settle` has begun; if it were called again, an update might be done twice
+            lost = self._lost(Broken("the event loop was interrupted"))
+            scope.commands.give_up([call], lost, self.over)
+            call.gave_up = True  # it may also wait in a pause
+        if call.done and call not in self.over:
+            self.over.append(call)  # its task may not have been told; it does no harm to tell it twice
+        self._recover_led(scope, call)
 
     def _may_drive(self, watch: Watch) -> bool:
         return not any(type(item) is Command for item in list(self._inbox)) and super()._may_drive(watch)

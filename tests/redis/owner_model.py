@@ -12,6 +12,7 @@ answered twice, none is sent twice. From each state: without a further fault, re
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 import types
@@ -282,6 +283,8 @@ class Model:
 
     def check(self) -> None:
         assert len(self.writes) == len(set(self.writes)), f"a write was done twice: {self.writes}"
+        appended = [json.loads(data) for data in self.writes if data is not None and data.startswith(b"[")]
+        assert all(len(values) == len(set(values)) for values in appended), f"an append was done twice: {self.writes}"
         assert self.may_fail or not self.failures, f"a call failed, and nothing went wrong: {self.failures}"
         assert all(reply_to.answers <= 1 for reply_to in self.posted), "a posted call was answered twice"
 

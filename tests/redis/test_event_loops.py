@@ -15,6 +15,7 @@ from servers import Server, StartServer
 
 from scopestate import Engine
 from scopestate.errors import ConnectionLost, EngineClosed, StorageError
+from scopestate.persistence.connections.watch import Watch
 from scopestate.persistence.redis.connection import Connection
 from scopestate.server.server import new_loop
 
@@ -81,13 +82,14 @@ def test_many_tasks_of_the_main_thread_are_left_to_the_io_thread(valkey: Server)
         async def work() -> None:
             await asyncio.gather(*(engine.aio.update("s", "k", INCREMENT) for _ in range(50)))
             assert len(led) <= 1
-            for _ in range(100):
+            done = 0
+            while len(led) < 20:  # again by itself once the tasks have gone
                 await engine.aio.update("s", "k", INCREMENT)
-            assert len(led) > 20  # again by itself once the tasks have gone
+                done += 1
+            assert await engine.aio.get("s", "k") == 50 + done
 
         asyncio.run(work())
         assert owner._begun
-        assert engine.get("s", "k") == 150
 
 
 @pytest.mark.parametrize("factory", LOOPS, ids=["asyncio", "as the server has it"])
@@ -325,3 +327,75 @@ def test_a_call_of_a_thread_does_not_wait_for_a_loop_that_may_end(start_server: 
         on_loop(work)
         server.resume()
         assert threads[0].result().created
+
+
+def test_an_update_that_is_cancelled_while_it_reads_writes_nothing(valkey: Server) -> None:
+    with open_at(valkey.url) as engine:
+        engine.update("s", "k", INCREMENT)
+        (owner,) = [owner for owner in owners_of(engine) if owner._connection is not None]
+        tasks: list[asyncio.Task[Any]] = []
+        receive = owner._receive_for_task
+
+        def cancel_first(watch: Any) -> bool:
+            tasks[0].cancel()
+            return receive(watch)
+
+        async def work() -> None:
+            await engine.aio.get("s", "k")
+            owner._receive_for_task = cancel_first  # type: ignore[method-assign]
+            tasks.append(asyncio.create_task(engine.aio.update("s", "new", INCREMENT)))
+            with pytest.raises(asyncio.CancelledError):
+                await tasks[0]
+            del owner._receive_for_task
+
+        asyncio.run(work())
+        assert engine.get("s", "new") is None
+        at_rest(engine)
+
+
+def test_a_loop_that_moves_to_the_main_thread_leads_there(valkey: Server) -> None:
+    with open_at(valkey.url) as engine:
+        engine.set("s", "k", 0)
+        (owner,) = [owner for owner in owners_of(engine) if owner._connection is not None]
+        loop = asyncio.new_event_loop()
+        try:
+            InThread(lambda: loop.run_until_complete(engine.aio.set("s", "k", 1))).result()
+            assert owner._watch is not None
+            before = owner._watch.thread
+            while owner._watch.thread == before:  # the I/O thread may still be ending its work
+                assert loop.run_until_complete(engine.aio.get("s", "k")) == 1
+            assert owner._watch.thread == threading.get_ident()
+        finally:
+            loop.close()
+
+
+def test_a_loop_that_loses_the_connection_to_another_one_posts(valkey: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another loop may take its place as the one that waits for the connection before its own call is sent."""
+    with open_at(valkey.url) as engine:
+        engine.set("s", "k", 0)
+        on_loop(lambda: engine.aio.get("s", "k"))
+        (owner,) = [owner for owner in owners_of(engine) if owner._connection is not None]
+        theirs = owner._watch
+        assert theirs is not None
+        end, start = Watch.end, Watch.start
+        strangers: list[Watch] = []
+
+        def started(watch: Watch, *arguments: Any) -> None:
+            if watch.thread != threading.get_ident():
+                strangers.append(watch)
+            start(watch, *arguments)
+
+        def come_in_between(watch: Watch) -> None:
+            end(watch)
+            owner._watch = theirs
+
+        async def work() -> None:
+            owner._to_post = 0
+            monkeypatch.setattr(Watch, "end", come_in_between)
+            monkeypatch.setattr(Watch, "start", started)
+            assert (await engine.aio.set("s", "k", 1)).new_value == 1
+            monkeypatch.undo()
+
+        asyncio.run(work())
+        assert not strangers
+        at_rest(engine)

@@ -79,9 +79,13 @@ def test_a_call_interrupted_at_any_opcode_leaves_the_next_ones_their_own_answers
         assert place > 50
 
 
+LARGE = [{"type": "append", "path": "", "value": "x" * 100_000}]
+"""Its command goes by another connection."""
 AWAITED: dict[str, Callable[[Engine, int], Any]] = {
     "set": lambda engine, number: engine.aio.set("s", "k", number),
     "update that looks first": lambda engine, number: engine.aio.update("s", f"new-{number}", INCREMENT),
+    "update of what somebody else wrote": lambda engine, number: engine.aio.update("s", "other", INCREMENT),
+    "large update that looks first": lambda engine, number: engine.aio.update(f"large-{number}", "k", LARGE),
     "get": lambda engine, number: engine.aio.get("s", f"other-{number}"),
 }
 
@@ -93,6 +97,7 @@ def test_an_event_loop_interrupted_at_any_opcode_answers_its_tasks(
     valkey: Server, work: str, error: type[BaseException], step: str
 ) -> None:
     """On the main thread, in the two functions that work for a task: one sends its call, one takes the reply."""
+    elsewhere = valkey.client()
     with open_at(valkey.url, LIMITS) as engine:
         engine.set("s", "k", 0)
         engine.update("s", "counter", INCREMENT)
@@ -114,13 +119,23 @@ def test_an_event_loop_interrupted_at_any_opcode_answers_its_tasks(
         setattr(owner, step, cut)
 
         async def one_cut_call() -> str:
-            nonlocal is_next
-            owner._to_post, is_next = 0, True
+            nonlocal is_next, reached
+            elsewhere.hset("state:s", "other", "0")
+            owner._to_post, is_next, reached = 0, True, False
             try:
                 await asyncio.wait_for(AWAITED[work](engine, place), 20)
             except (error, StorageError) as failed:
                 return type(failed.__cause__ or failed).__name__
             return "done"
+
+        def check_once(outcome: str) -> None:
+            """The call was done once; perhaps not at all, if it has failed."""
+            where = (
+                (f"large-{place}", "k") if "large" in work else ("s", "other" if "somebody" in work else f"new-{place}")
+            )
+            found = engine.get(*where, 0)
+            times = len(found) // 100_000 if type(found) is str else found
+            assert times == 1 or (times == 0 and outcome != "done"), f"at opcode {place}: {outcome}, {times} times"
 
         async def next_calls() -> None:
             for number in range(3):
@@ -133,13 +148,16 @@ def test_an_event_loop_interrupted_at_any_opcode_answers_its_tasks(
         with asyncio.Runner(loop_factory=new_loop) as runner:
             for place in itertools.count(1 + stride // 2 * (error is Interruption), stride):
                 try:
-                    outcomes.add(runner.run(one_cut_call()))
+                    outcome = runner.run(one_cut_call())
                 except KeyboardInterrupt:
-                    outcomes.add(error.__name__)
+                    outcome = error.__name__
+                outcomes.add(outcome)
                 asked = InThread(lambda: engine.update("s", "counter", INCREMENT).new_value)
                 assert asked.result() > place / stride, f"at opcode {place}"
                 at_rest(engine)
                 assert owner._claim == {}
+                if "update" in work:
+                    check_once(outcome)
                 runner.run(next_calls())
                 if not reached:
                     break
@@ -147,6 +165,49 @@ def test_an_event_loop_interrupted_at_any_opcode_answers_its_tasks(
         raised = error.__name__ if step == "call_for_task" else ConnectionLost.__name__
         # An error of a signal handler may also be taken for that of a value, which refuses the call.
         assert {raised, "done"} <= outcomes <= {raised, "done", error.__name__}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Interruption])
+def test_an_event_loop_interrupted_while_a_reply_takes_long_answers_its_task(
+    start_server: StartServer, error: type[BaseException]
+) -> None:
+    server = start_server()
+    with open_at(server.url, LIMITS) as engine:
+        engine.set("s", "k", 0)
+        owner = owners_of(engine)[0]
+        check = owner._check_led
+        place = 0
+        is_next = reached = False
+
+        def cut(watch: Any) -> None:
+            nonlocal is_next, reached
+            if is_next:
+                is_next = False
+                reached = interrupt_at(place, lambda: check(watch), error)
+                server.resume()
+            else:
+                check(watch)
+
+        owner._check_led = cut  # type: ignore[method-assign]
+
+        async def one_cut_call() -> None:
+            nonlocal is_next, reached
+            await engine.aio.set("s", "k", -1)
+            owner._to_post, is_next, reached = 0, True, False
+            server.pause()
+            try:
+                assert (await asyncio.wait_for(engine.aio.set("s", "k", place), 20)).new_value == place
+            finally:
+                server.resume()
+
+        with asyncio.Runner(loop_factory=new_loop) as runner:
+            for number in itertools.count(1 + (error is Interruption), size(6, 2)):
+                owner._to_post, place = 0, number
+                runner.run(one_cut_call())
+                at_rest(engine)
+                if not reached:
+                    break
+        assert place > 20
 
 
 @pytest.mark.usefixtures("untraced")

@@ -37,6 +37,7 @@ LARGE = [
     (a_main_task_and_a_poster, {"cuts": 1}),
     (a_main_task_that_reads_first, {"cuts": 1}),
     (a_main_task_that_reads_first, {"losses": 1}),
+    (a_main_task_that_reads_first, {"cuts": 1, "rivals": 1}),
     (a_main_task_and_a_caller, {"cuts": 1}),
 ]
 """Scenarios of ten seconds and more. Bugs are looked for in them in every run: that ends with the first one."""
