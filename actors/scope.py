@@ -208,6 +208,9 @@ class ScopeActor(TurnActor):
     def forget_unused(self) -> None:
         """Drop caches that were not used since the last call of this method. From any thread."""
 
+    def note_cancelled(self) -> None:
+        """A task that waited for a call of this scope was cancelled. On its event loop; never waits."""
+
     def next_due(self) -> int:
         """Return when to look for keys that have expired: the first deadline, or earlier. NEVER if there is none."""
         return NEVER

@@ -298,19 +298,20 @@ class AioEngine(AioStateCalls):
         actor.send(Envelope(turn, reply))
         timeout_s = self._limits.call_timeout_s
         answer: A
-        if timeout_s is None:
-            answer = await reply.future
-            return answer
-        deadlines = self._deadlines.get(reply.loop) or self._deadlines_of(reply.loop)
-        deadlines.add(reply, timeout_s)
+        deadlines = None
+        if timeout_s is not None:
+            deadlines = self._deadlines.get(reply.loop) or self._deadlines_of(reply.loop)
+            deadlines.add(reply, timeout_s)
         try:
             answer = await reply.future
         except asyncio.CancelledError:
+            actor.note_cancelled()
             if reply.expired:
-                raise ReplyTimeout(actor.scope, timeout_s) from None
+                raise ReplyTimeout(actor.scope, timeout_s or 0.0) from None
             raise
         finally:
-            deadlines.remove(reply)
+            if deadlines is not None:
+                deadlines.remove(reply)
         return answer
 
     def _deadlines_of(self, loop: asyncio.AbstractEventLoop) -> Deadlines:

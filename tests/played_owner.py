@@ -21,7 +21,7 @@ from scopestate.persistence.connections.owner import ConnectionOwner
 _SHARED = ("_wanted", "_is_news", "_at_socket")
 LEFT_OUT = frozenset(
     {
-        "_pushed", "_round", "_sent_at", "_trip_s", "since", "thread",  # only speed depends on these
+        "_pushed", "_round", "_sent_at", "_due", "_trip_s", "since", "thread",  # only speed depends on these
         "model", "world", "_world", "_clock", "_uniform", "_deliver", "_target", "_wake", "_thread", "_log", "_peer",
         "_pauses_s", "me", "now",  # constant
     }
@@ -119,6 +119,9 @@ class Loop:
     def call_later(self, delay_s: float, callback: Any, argument: Any) -> None:
         self.timers.append((self.model.time[0] + delay_s, callback, argument))
 
+    def time(self) -> float:
+        return self.model.time[0]
+
     def is_closed(self) -> bool:
         return False
 
@@ -146,6 +149,7 @@ class LoopWatch(watch_module.Watch):
     def __init__(self, loop: Any, connection: Any, fd: int, drive: Any) -> None:
         self.loop, self.connection, self.thread = loop, connection, loop.model.world.ident()
         self.active = self._is_soon = self._checks = False
+        self._due = 0.0
         self._drive, self._fd = drive, fd
 
     def _close(self) -> None:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from threading import get_ident
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
 
     from scopestate.persistence.connections.connection import Connection
+
+
+_LATE_S: Final = 1.0
+"""When a check is this late, another one is arranged."""
 
 
 class Watch:
@@ -36,13 +40,16 @@ class Watch:
         self._fd = os.dup(fd)
         self._is_soon = False
         self._checks = False
+        self._due = 0.0
+        """When the check is due, on the clock of the loop."""
 
     def start(self, timeout_s: float, check: Callable[[Watch], None]) -> None:
         """Make the loop wait for replies, and call `check(watch)` in `timeout_s` seconds."""
         if not self.active and self._fd >= 0:
             self.active = True  # first: on the main thread this may be interrupted, and `stop` follows
             self.loop.add_reader(self._fd, self._drive, self)
-        if not self._checks:
+        # One that is overdue was interrupted, or the loop was busy: a second one does no harm.
+        if not self._checks or self.loop.time() > self._due + _LATE_S:
             self.check_later(timeout_s, check)
 
     def stop(self) -> None:
@@ -61,6 +68,7 @@ class Watch:
         """Call `check(watch)` in `timeout_s` seconds: one timer, not one for each command."""
         # In this order: on the main thread this may be interrupted, and a second timer does no harm.
         self.loop.call_later(timeout_s, self._check, check)
+        self._due = self.loop.time() + timeout_s
         self._checks = True
 
     def end(self) -> None:

@@ -7,7 +7,6 @@ import socket
 import ssl
 import threading
 from contextlib import suppress
-from threading import get_ident
 from typing import Any, Final
 
 from redis import connection as library
@@ -28,8 +27,8 @@ _LOGIN_REFUSED: Final = (
 )
 _OURS: Final = (NoConnection, NoAnswer)
 """Errors with messages of our own, which may name a host that is called like the password."""
-_DIALLED: Final[dict[int, AbstractConnection]] = {}
-"""Thread id -> the connection that this thread is making."""
+_DIALLED: Final[dict[threading.Thread, AbstractConnection]] = {}
+"""The connection that a thread is making."""
 _PIECE: Final = 8
 """Length of a part of a password that would reveal too much."""
 
@@ -64,7 +63,9 @@ class Server:
         overdue = threading.Timer(self._within_s, give_up)
         overdue.daemon = True
         overdue.start()
-        _DIALLED[get_ident()] = dialled
+        me = threading.current_thread()
+        outer = _DIALLED.get(me)  # which a signal handler has interrupted
+        _DIALLED[me] = dialled
         try:
             dialled.connect()
             return self.wrapped(dialled)
@@ -72,8 +73,11 @@ class Server:
             dialled.disconnect()
             reason = error
         finally:
-            del _DIALLED[get_ident()]
             overdue.cancel()
+            if outer is None:
+                _DIALLED.pop(me, None)
+            else:
+                _DIALLED[me] = outer
         problem = f"no connection to Redis at {self.address}: "
         if _reveals(reason, self._place.password):
             # Not even chained to it: tracebacks show causes.
@@ -125,7 +129,7 @@ class Server:
 
 def abort_dial(thread: threading.Thread) -> None:
     """End the attempt to connect that a thread is making, whatever server it dials. Not while TCP connects."""
-    dialled = _DIALLED.get(thread.ident or 0)
+    dialled = _DIALLED.get(thread)
     if dialled is not None:
         _cut(dialled)
 

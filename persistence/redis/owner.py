@@ -551,7 +551,7 @@ class RedisConnectionOwner(ConnectionOwner["RedisScope | Command", Call, Connect
             scope.commands.give_up([call], lost, self.over)
             call.gave_up = True  # it may also wait in a pause
         if call.done and call not in self.over:
-            self.over.append(call)  # its task may not have been told; it does no harm to tell it twice
+            self.over.append(call)  # its task may not have been told; a reply that was told already is left as it is
         self._recover_led(scope, call)
 
     def _may_drive(self, watch: Watch) -> bool:

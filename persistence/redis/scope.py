@@ -164,6 +164,10 @@ class RedisScope(ScopeActor):
             call.loop = waiter.loop
         self.post(call)
 
+    def note_cancelled(self) -> None:
+        # Its event loop may be about to end, and would not receive the reply. So the I/O thread does.
+        self.owner.post(self)
+
     def _answer(self, turn: Turn[Any], reply: ReplyTo, depth: int) -> None:
         """Execute a turn on a worker thread, and answer it."""
         token = event_depth.set(depth)

@@ -399,3 +399,45 @@ def test_a_loop_that_loses_the_connection_to_another_one_posts(valkey: Server, m
         asyncio.run(work())
         assert not strangers
         at_rest(engine)
+
+
+@on_each_thread
+def test_a_loop_that_ends_before_the_reply_keeps_no_event_back(start_server: StartServer, run: Run) -> None:
+    server = start_server()
+    with open_at(server.url) as engine:
+        heard: list[Any] = []
+
+        @engine.on_change(scope="s")
+        def hear(event: Any) -> None:
+            heard.append(event.new_value)
+
+        async def work(engine: Engine) -> None:
+            await engine.aio.set("s", "k", 1)
+            server.pause()
+            task = asyncio.create_task(engine.aio.set("s", "k", 2))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            task.cancel()
+
+        run(lambda: work(engine))
+        server.resume()
+        until(lambda: heard == [1, 2], "the event does not come")
+
+
+def test_a_check_that_was_interrupted_is_arranged_again(start_server: StartServer) -> None:
+    server = start_server()
+    with open_at(server.url, {"call_timeout_ms": 60_000}, call_timeout_ms=200) as engine:
+        engine.set("s", "k", 0)
+        (owner,) = [owner for owner in owners_of(engine) if owner._connection is not None]
+
+        async def work() -> None:
+            owner._to_post = 0
+            await engine.aio.set("s", "k", 1)
+            assert owner._watch is not None
+            owner._watch._checks, owner._watch._due = True, 0.0  # as an interrupted timer leaves them
+            server.pause()
+            with pytest.raises(StorageError):
+                await asyncio.wait_for(engine.aio.set("s", "k", 2), 20)
+            server.resume()
+
+        asyncio.run(work())

@@ -31,6 +31,9 @@ class PlayedLoop:
         """Make `run` return."""
         self._calls.put(None)
 
+    def time(self) -> float:
+        return self._play.dispatcher.monotonic()
+
     def is_closed(self) -> bool:
         return False
 
