@@ -200,6 +200,8 @@ def read_lines(lines: Iterable[bytes]) -> Iterator[Read]:
             empty = False
             if ended:
                 raise DeserializationError("there is more after the last line")
+            if not text.isascii():
+                text.decode()  # msgspec says where it is not UTF-8 up to version 0.22 only
             line = _decode(text)
             if line.scopestate_export is not None:
                 begun = True

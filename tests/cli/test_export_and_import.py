@@ -258,7 +258,7 @@ def test_an_import_into_an_engine_that_ends_early_says_how_to_go_on(
     ("content", "problem"),
     [
         (b'{"scope":"x","key":"\xff","value":1}\n', "line 1: not UTF-8 text"),
-        (lines(1)[0] + b'{"scope":"x","key":"k","value":"\xe9"}\n', "line 2: not Unicode text"),
+        (lines(1)[0] + b'{"scope":"x","key":"k","value":"\xe9"}\n', "line 2: not UTF-8 text"),
         (lines(1)[0].decode().encode("utf-16"), "line 1: this is UTF-16 text"),
         (b'{"scope":"x","revision":9223372036854775807}\n', "line 1: "),
         (b'{"scope":"x","key":"k","value":' + b"[" * 100_000 + b"\n", "line 1: "),
