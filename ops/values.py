@@ -230,12 +230,19 @@ def parse(text: bytes | str) -> bytes:
             # is known to be JSON, so other differences between the two do not matter.
             value = json.loads(text, parse_int=_integer)
         return encode(value)
-    except msgspec.DecodeError as error:
-        raise DeserializationError(str(error)) from error
-    except UnicodeError as error:
-        raise DeserializationError(f"not Unicode text: {error}") from error
+    except (msgspec.DecodeError, UnicodeError) as error:
+        raise DeserializationError(_why_not(text, error)) from error
     except RecursionError as error:
         raise DeserializationError(f"more than {MAX_LEVELS} nested levels") from error
+
+
+def _why_not(text: bytes | str, problem: Exception) -> str:
+    """Say why text cannot be read: where it is not Unicode, which msgspec does not say since version 0.23."""
+    try:
+        _ = text.decode() if isinstance(text, bytes) else text.encode()
+    except UnicodeError as error:
+        return f"not Unicode text: {error}"
+    return str(problem)
 
 
 def check(text: bytes) -> None:
@@ -245,8 +252,8 @@ def check(text: bytes) -> None:
     """
     try:
         decode(text)
-    except msgspec.DecodeError as error:
-        raise DeserializationError(str(error)) from error
+    except (msgspec.DecodeError, UnicodeError) as error:
+        raise DeserializationError(_why_not(text, error)) from error
     except RecursionError as error:
         raise DeserializationError(f"more than {MAX_LEVELS} nested levels") from error
     if len(text) > 2 * MAX_LEVELS and (

@@ -261,8 +261,7 @@ class ConnectionOwner(Pump[T_Item, T_Call, T_Connection]):
         `drive(watch)` is called when there is something to receive.
         """
         watch, connection = self._watch, self._connection
-        is_here = watch is not None and watch.loop is loop and watch.thread == get_ident()
-        if watch is not None and is_here and watch.connection is connection:
+        if watch is not None and watch.connection is connection and watch.loop is loop and watch.thread == get_ident():
             return watch
         if connection is None or self._under_way or self._wake is not None:
             return None

@@ -552,3 +552,12 @@ def test_128_levels_of_text_are_read() -> None:
     text = "[" * 128 + "]" * 128
 
     assert values.parse(text) == text.encode()
+
+
+@pytest.mark.parametrize("read", [values.parse, values.check])
+def test_text_that_is_not_unicode_is_refused_with_the_place(read: Callable[[bytes], object]) -> None:
+    """With every version of msgspec, whose own errors differ."""
+    with pytest.raises(DeserializationError, match=r"not Unicode text: .* 0xff in position 6"):
+        read(b'{"key"\xff:1}')
+    with pytest.raises(DeserializationError, match=r"not Unicode text: .* 0xe9 in position 8"):
+        read(b'{"key":"\xe9"}')
