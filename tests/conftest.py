@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import gc
+import logging
 import signal
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,24 @@ def pytest_collection_finish() -> None:
     """Keep the garbage collector from going through the 15,000 tests and all modules: 0.4 s each time."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def the_root_logger_stays_as_it_is() -> Iterator[None]:
+    """Fail a test that configures it: later tests of the process would find messages that they do not expect."""
+    root = logging.getLogger()
+    level, handlers = root.level, _own_handlers(root)
+    yield
+    found_level, found_handlers = root.level, _own_handlers(root)
+    root.setLevel(level)
+    for handler in set(found_handlers) - set(handlers):
+        root.removeHandler(handler)
+    assert (found_level, found_handlers) == (level, handlers)
+
+
+def _own_handlers(logger: logging.Logger) -> list[logging.Handler]:
+    """Return the handlers that are not pytest's: it puts others there for each phase of a test."""
+    return [handler for handler in logger.handlers if not type(handler).__module__.startswith("_pytest.")]
 
 
 @pytest.hookimpl(wrapper=True)

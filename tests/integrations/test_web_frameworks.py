@@ -112,6 +112,11 @@ def with_fastapi() -> Any:
     return app
 
 
+def litestar_of(handlers: list[Any], **settings: Any) -> Litestar:
+    """Make an application that leaves the root logger alone, which Litestar configures by itself."""
+    return Litestar(handlers, logging_config=None, **settings)
+
+
 def with_litestar() -> Any:
     @get("/users/{name:str}")
     async def user(name: FromPath[str], engine: for_litestar.EngineDep) -> Any:
@@ -131,7 +136,7 @@ def with_litestar() -> Any:
         await socket.send_json(engine.get("users", "ada"))
         fail(await socket.receive_text(), engine)
 
-    return Litestar([user, failing, events, talk], plugins=[for_litestar.ScopestatePlugin(setup=set_up)])
+    return litestar_of([user, failing, events, talk], plugins=[for_litestar.ScopestatePlugin(setup=set_up)])
 
 
 @pytest.fixture(params=[with_starlette, with_fastapi, with_litestar])
@@ -227,9 +232,9 @@ def test_an_application_handles_errors_of_its_own_way() -> None:
         return fail(kind, engine)
 
     plugin = for_litestar.ScopestatePlugin(name="engine")
-    with Served(Litestar([failing], plugins=[plugin], exception_handlers={Overloaded: answer})) as served:
+    with Served(litestar_of([failing], plugins=[plugin], exception_handlers={Overloaded: answer})) as served:
         assert served.ask("PUT", "/fail/busy")[0].status == 418
         assert served.ask("PUT", "/fail/invalid")[0].status == 422
     plugin = for_litestar.ScopestatePlugin(handle_errors=False)
-    with Served(Litestar([failing], plugins=[plugin])) as served:
+    with Served(litestar_of([failing], plugins=[plugin])) as served:
         assert served.ask("PUT", "/fail/invalid")[0].status == 500
