@@ -143,8 +143,8 @@ def forked_with_an_engine_of_the_parent() -> None:
 
 def gives_sigterm_back(raise_again: Callable[[int], Any], *, opened_in_thread: bool = False) -> None:
     """As uvicorn: take the signal, work, finish, give it back to whom it was taken from, and raise it again."""
-    came = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda number, frame: came.set())
+    came: list[int] = []  # not an event: `Event.set` waits for ever if the signal comes inside `Event.wait`
+    before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
     opened: list[Engine] = []
     if opened_in_thread:
         thread = threading.Thread(target=lambda: opened.append(open_engine()))
@@ -154,8 +154,8 @@ def gives_sigterm_back(raise_again: Callable[[int], Any], *, opened_in_thread: b
         opened.append(open_engine())
     fill(opened[0], WRITES // 2)
     say("ready")
-    while not came.wait(0.02):
-        continue
+    while not came:
+        threading.Event().wait(0.02)
     for number in range(WRITES // 2, WRITES):  # requests under way are still answered
         opened[0].set("s", str(number), number)
     signal.signal(signal.SIGTERM, before)

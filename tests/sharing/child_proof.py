@@ -15,7 +15,7 @@ import os
 import selectors
 import signal
 import sys
-import threading
+import time
 import traceback
 from typing import Any
 
@@ -36,8 +36,9 @@ def say(*words: object) -> None:
 def live(facts: dict[str, Any]) -> None:
     """Be one process of the proof, until SIGTERM."""
     log = Log(facts["log"])
-    ending = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: ending.set())
+    # Not an event: `Event.set` waits for ever if the signal comes while this thread is inside `Event.wait`.
+    ending: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: ending.append(number))
     faulthandler.register(signal.SIGUSR1)
     if facts.get("plant"):
         plant(facts["plant"], facts["config"])
@@ -50,14 +51,13 @@ def live(facts: dict[str, Any]) -> None:
         return
     if facts.get("brief"):
         log("counted", number_of(insisted(engine, "starts", "update", facts["name"])))
-        ending.wait()
+        wait_for(ending)
         engine.close()
         log("closed")
         return
     life = Life(engine, log, facts["name"], facts)
     threads = start_clients(life, durable=facts["durable"])
-    while not ending.wait(0.5):
-        pass
+    wait_for(ending)
     log("closing")
     engine.close()
     log("closed")
@@ -66,6 +66,11 @@ def live(facts: dict[str, Any]) -> None:
         if thread.is_alive():
             faulthandler.dump_traceback(all_threads=True)
             log("stuck", thread.name)
+
+
+def wait_for(ending: list[int]) -> None:
+    while not ending:
+        time.sleep(0.01)
 
 
 def begin(line: str) -> tuple[str, int]:

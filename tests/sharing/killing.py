@@ -158,8 +158,17 @@ class Killing:
         while not holds():
             self.look()
             if self.unexpected or time.monotonic() > deadline:
+                self._ask_where_they_are()
                 raise AssertionError(f"{what}: {self.unexpected} {self.errors()}")
             time.sleep(STEP_S)
+
+    def _ask_where_they_are(self) -> None:
+        """Let each process write where its threads are, also one that is stopped."""
+        for pid in self.alive.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+                os.kill(pid, signal.SIGUSR1)
+        time.sleep(0.5)
 
     # ---------------------------------------------------------------------------------------------------------- kills
 
@@ -287,15 +296,6 @@ def run(plan: Plan, folder: Path) -> Run:
     killing = Killing(plan, folder)
     try:
         return killing.run()
-    except BaseException:
-        # A stopped or waiting process says where it is.
-        for pid in killing.alive.values():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGCONT)
-                os.kill(pid, signal.SIGUSR1)
-        time.sleep(0.5)
-        sys.stderr.write(killing.errors())
-        raise
     finally:
         killing.close()
 

@@ -21,6 +21,9 @@ from scopestate.persistence import FileAdapter
 PROCESSES = 16
 ROUNDS = size(1, 20)
 
+# More than the processes of a test are waited for: then the failure says where each of them is.
+pytestmark = pytest.mark.timeout(600)
+
 
 @pytest.fixture
 def starting(tmp_path: Path) -> Iterator[Killing]:
@@ -58,7 +61,6 @@ def on_disk(starting: Killing) -> int:
         adapter.close()
 
 
-@pytest.mark.timeout(600)
 def test_of_many_processes_that_begin_at_once_one_owns_the_directory_and_all_are_served(starting: Killing) -> None:
     began = time.monotonic()
     for number in range(ROUNDS):
@@ -72,7 +74,6 @@ def test_of_many_processes_that_begin_at_once_one_owns_the_directory_and_all_are
     record("processes that begin at once", rounds=ROUNDS, processes=PROCESSES, seconds=time.monotonic() - began)
 
 
-@pytest.mark.timeout(600)
 def test_owners_that_die_while_others_connect_leave_one_owner_and_lose_nothing(starting: Killing) -> None:
     killed = 0
     for number in range(ROUNDS):
