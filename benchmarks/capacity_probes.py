@@ -163,6 +163,8 @@ def engines(kind: str, place: str, count: str, idle_s: str) -> Findings:
             connected = sum(_info(client, "clients", "connected_clients") for client in clients)
             return connected, 0, sum(_info(client, "memory", "used_memory") for client in clients)
 
+        settle_s = min(1.0, float(idle_s))  # what opening has begun, such as a look at the server, ends
+        time.sleep(settle_s)
         before = process.num_fds(), process.num_threads(), _resident(), *elsewhere()
         opened: list[Engine] = []
         failed = ""
@@ -177,8 +179,8 @@ def engines(kind: str, place: str, count: str, idle_s: str) -> Findings:
         open_s = time.perf_counter() - began
         if failed:
             print(f"{kind}: stopped at {len(opened)} engines: {failed}", file=sys.stderr)
+        time.sleep(settle_s)
         after = process.num_fds(), process.num_threads(), _resident(), *elsewhere()
-        time.sleep(min(1.0, float(idle_s)))  # what opening has begun ends
         idle = _idle(float(idle_s))
         began = time.perf_counter()
         for engine in opened:
