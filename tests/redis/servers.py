@@ -147,6 +147,16 @@ class Cluster:
 
         wait_until(ok, lambda: "\n".join(str(self._info(node)) for node in self._running()))
 
+    def wait_until_replicated(self) -> None:
+        """Wait until the replicas have everything that their primaries have acknowledged: they may be promoted then."""
+        wanted = {node.port: node.ask("ROLE")[1] for node in self._primaries()}
+
+        def have() -> bool:
+            roles = [node.ask("ROLE") for node in self._running()]
+            return all(int(role[4]) >= wanted[int(role[2])] for role in roles if role[0] == "slave")
+
+        wait_until(have, "replicas that are in step")
+
     def kill_primary(self, key_or_slot: str | int) -> Server:
         """SIGKILL the primary of a key and return it. `wait_for_takeover` waits for its replica to take its place."""
         primary = self.owner(key_or_slot)

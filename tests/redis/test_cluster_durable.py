@@ -519,6 +519,7 @@ def test_a_trigger_is_registered_when_all_servers_can_be_asked(
     one = open_one(engines, replicated, key_prefix=prefix, call_timeout_ms=1000)
     for (scope,) in by_server.values():
         one.set(scope, "k", 1)
+    replicated.wait_until_replicated()  # a replica may take the place of the frozen server
     frozen: Server = list(by_server)[2]
     frozen.pause()
     try:
@@ -527,6 +528,16 @@ def test_a_trigger_is_registered_when_all_servers_can_be_asked(
     finally:
         frozen.resume()
     replicated.wait_until_ok()
-    work = Work(one, start="earliest")
+    work = Work()
+    wait_until(lambda: is_registered(work, one), "a registration")
     work.wait_for(3, one)
     assert len(work.seen) == 3
+
+
+def is_registered(work: Work, engine: Engine) -> bool:
+    """Try to register it; False if the engine has not read from all servers again yet."""
+    try:
+        work.take(engine, start="earliest")
+    except StorageError:
+        return False
+    return True
