@@ -197,19 +197,22 @@ class Draft:
         return (*self.changes(), *[NewDeadline(key, entry.expires_ms) for key, entry in self._touched()]), answer
 
     def changes(self) -> list[Change]:
-        """Return the changes: first the expired keys, so that the numbers of the transaction's own are consecutive."""
+        """Return the changes: first the expired keys, so that the numbers of the transaction's own are consecutive.
+
+        A key that was created and deleted again stays as it is, also one that has expired: its own turn removes it.
+        """
         view, now, found = self.view, self._now, self.found
         expiring = view.expiring  # only now: in Redis, deadlines are known once their keys were read
         expired, changes = [], []
         for key in self._written:
             before, after = found[key], now[key]
-            if before is None:
+            if after is None:
+                if before is not None:
+                    changes.append(Change(key, before.json, None))
+            elif before is None:
                 if expiring and (lapsed := view.lapsed(key)) is not None:
                     expired.append(expiry_of(key, lapsed))
-                if after is not None:
-                    changes.append(Change(key, None, after.json, after.expires_ms))
-            elif after is None:
-                changes.append(Change(key, before.json, None))
+                changes.append(Change(key, None, after.json, after.expires_ms))
             else:
                 changes.append(Change(key, before.json, after.json, after.expires_ms))
         return expired + changes
@@ -228,7 +231,8 @@ class Draft:
         for key in self._written:
             entry = self._now[key]
             if entry is None:
-                steps.append(DeleteStep(key))
+                if self.found[key] is not None:
+                    steps.append(DeleteStep(key))
             else:
                 deadline = NO_DEADLINE if entry.expires_ms is None else Deadline(expires_ms=entry.expires_ms)
                 steps.append(SetStep(key, entry.json, deadline))

@@ -31,7 +31,7 @@ from scopestate.ops.transactions import (
     UpdateStep,
 )
 from scopestate.ops.turns import Deadline, Get, Set, Turn
-from scopestate.ops.writes import Modify, Once, SetWith
+from scopestate.ops.writes import Expire, Modify, Once, SetWith
 
 
 @pytest.fixture
@@ -85,6 +85,21 @@ def test_a_key_that_is_created_and_deleted_again_has_not_changed(stored: Stored)
 
     assert events == []
     assert result.revision == 3
+
+
+def test_a_key_that_has_expired_and_is_created_and_deleted_again_is_left_to_its_expiry(stored: Stored) -> None:
+    stored.run(SetWith("x", b"1", None, Deadline(ttl_ms=1)))
+    stored.now_ms += 1
+
+    result, events = stored.run_seeing(Batch((SetStep("x", b"2"), DeleteStep("x"))))
+    done = stored.run(Transact(lambda tx: (tx.set("x", 2), tx.delete("x"))))
+    draft = Draft(stored)
+    Transact(lambda tx: (tx.set("x", 2), tx.delete("x"))).run(draft)
+
+    assert (events, result.revision) == ([], 4)
+    assert done == (None, 2)
+    assert draft.as_batch(1000).steps == ()
+    assert stored.run(Expire(10)).keys == 1
 
 
 def test_all_checks_that_fail_are_told_and_nothing_is_done(stored: Stored) -> None:

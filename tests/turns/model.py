@@ -173,7 +173,8 @@ class Model:
         if problems:
             raise Refused("UPDATE_REFUSED", problems)
         for key in order:
-            self.expire(key)
+            if key in trial.slots:
+                self.expire(key)
         for key in order:
             slot = trial.slots.get(key)
             if slot is not None:
