@@ -33,6 +33,8 @@ log = logging.getLogger("scopestate.persistence.redis")
 
 BLOCK_S: Final = 2.0
 """How long a reader waits for the server. Then it checks whether the stream is still the one that it knows."""
+_LATE_S: Final = 1.0
+"""How late a server may end the wait: it looks `hz` times a second, which is 1 or more, and 10 by default."""
 _SHOWN_S: Final = 600.0
 """How long `problem` returns a loss."""
 
@@ -151,7 +153,7 @@ class Reader(ReadingThreads, Tail):
     """Reads the one stream of a server on its own connection: `open`, `start`, `stop`, in this order."""
 
     def __init__(self, target: Target[Connection], options: RedisOptions, shape: Shape, published: Published) -> None:
-        ReadingThreads.__init__(self, target, options, shape.stream, BLOCK_S + options.call_timeout_s)
+        ReadingThreads.__init__(self, target, options, shape.stream, BLOCK_S + _LATE_S + options.call_timeout_s)
         Tail.__init__(self, shape, published)
         self._arrivals: Arrivals
         self._losses = Losses()

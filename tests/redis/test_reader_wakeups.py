@@ -185,7 +185,7 @@ def test_pauses_between_attempts_begin_anew_after_a_connection_that_worked(
 
 def test_a_reader_that_gets_nothing_keeps_its_first_connection(valkey: Server, engines: Engines) -> None:
     """The server keeps it waiting for longer than a call may take."""
-    engine = engines.open(valkey, call_timeout_ms=200)
+    engine = engines.open(valkey, call_timeout_ms=20)
     Seen(engine)
     reader = reader_of(engine)
     first = reader._connection
