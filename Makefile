@@ -68,7 +68,7 @@ simulate: $(READY_DEV)
 # The proofs in their full sizes, then docs/explanation/reliability.md from the figures that they recorded.
 reliability: $(READY_DEV)
 	SCOPESTATE_PROOF=full $(BIN)/python -m pytest --no-cov -q tests/reliability tests/simulation tests/linearizability tests/load \
-		tests/hostile tests/faults tests/persistence tests/redis tests/properties tests/wire tests/config tests/sharing
+		tests/hostile tests/faults tests/ops tests/actors tests/persistence tests/redis tests/properties tests/wire tests/config tests/sharing
 	@$(BIN)/python -m tests.reliability.report
 
 clean:

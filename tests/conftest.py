@@ -18,13 +18,19 @@ from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from effort import FULL
+
 # The package has a plugin, so pytest would rewrite the assertions in all its modules: the engine under test would be
 # another one than users have, and each process of a run would take longer to import it. The plugin does the same.
 for _finder in sys.meta_path:
     getattr(_finder, "_must_rewrite", set()).discard("scopestate")
 
 # How long an example takes says more about the machine than about the project.
-settings.register_profile("suite", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# The suite tries the same examples in each run: a change is not blamed for what was there before. The proofs of full
+# size, `make reliability`, try others each time.
+settings.register_profile(
+    "suite", settings(), deadline=None, derandomize=not FULL, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("suite")
 
 # A shell ignores SIGINT in what it starts in the background, and `nohup` SIGHUP; processes inherit that, and the tests

@@ -23,7 +23,7 @@ from scopestate.persistence import FileAdapter
 
 OpenEngine = Callable[..., Engine]
 
-QUICK = settings(max_examples=size(400, 1500), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+QUICK = settings(max_examples=size(400, 1500), deadline=None, suppress_health_check=list(HealthCheck))
 
 cases = itertools.count()
 

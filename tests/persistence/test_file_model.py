@@ -143,7 +143,7 @@ class FileStore(RuleBasedStateMachine):
 
 
 TestFileStore = FileStore.TestCase
-TestFileStore.settings = settings(max_examples=40, stateful_step_count=15, deadline=None, derandomize=True)
+TestFileStore.settings = settings(max_examples=40, stateful_step_count=15, deadline=None)
 
 
 def test_loads_beside_saves_each_see_one_moment(directory: Path) -> None:

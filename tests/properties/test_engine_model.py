@@ -271,7 +271,6 @@ SETTINGS = settings(
     max_examples=size(20, 60),
     stateful_step_count=40,
     deadline=None,
-    derandomize=True,
     suppress_health_check=list(HealthCheck),
 )
 

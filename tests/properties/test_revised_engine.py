@@ -468,7 +468,6 @@ SETTINGS = settings(
     max_examples=size(12, 40),
     stateful_step_count=30,
     deadline=None,
-    derandomize=True,
     suppress_health_check=list(HealthCheck),
 )
 
