@@ -40,6 +40,12 @@ def on_main_loop(work: Callable[[], Coroutine[Any, Any, Any]], factory: Any = as
         return runner.run(work())
 
 
+async def under_way(engine: Engine) -> None:
+    """Wait until a command is sent: another thread may have the claim still, and then it sends."""
+    while not owners_of(engine)[0]._under_way:  # noqa: ASYNC110 - nothing announces it
+        await asyncio.sleep(0)
+
+
 on_each_thread = pytest.mark.parametrize("run", [on_loop, on_main_loop])
 
 
@@ -127,7 +133,7 @@ def test_a_server_that_does_not_answer_costs_the_loop_no_longer_than_a_thread(
     start_server: StartServer, run: Run
 ) -> None:
     server = start_server()
-    with open_at(server.url, {"call_timeout_ms": 20_000}, call_timeout_ms=200) as engine:
+    with open_at(server.url, {"call_timeout_ms": 20_000}, call_timeout_ms=2000) as engine:
         engine.set("s", "k", 0)
 
         async def work() -> type[BaseException | None]:
@@ -155,9 +161,7 @@ def test_a_loop_that_ends_while_it_waits_leaves_no_answer_to_the_next_caller(
             await engine.aio.get("s", "k")
             server.pause()
             task = asyncio.create_task(engine.aio.set("s", "k", "new"))
-            await asyncio.sleep(0)
-            await asyncio.sleep(0)
-            assert owners_of(engine)[0]._under_way
+            await under_way(engine)
             task.cancel()
 
         run(work)
@@ -195,9 +199,7 @@ def test_a_thread_that_comes_while_the_loop_waits_does_not_wait_for_the_loop(sta
             await engine.aio.set("s", "k", 1)
             server.pause()
             task = asyncio.create_task(engine.aio.set("s", "k", 2))
-            await asyncio.sleep(0)
-            await asyncio.sleep(0)
-            assert owners_of(engine)[0]._under_way
+            await under_way(engine)
             blocked.set()
             assert go_on.wait(30)  # the loop is busy with something else
             return await task
@@ -220,8 +222,7 @@ def test_closing_the_engine_lets_go_of_the_loop_s_descriptor(start_server: Start
         await engine.aio.set("s", "k", 1)
         server.pause()
         late = asyncio.create_task(engine.aio.set("s", "k", 2))
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
+        await under_way(engine)
         watch = owners_of(engine)[0]._watch
         assert watch is not None
         assert watch.active
@@ -292,8 +293,7 @@ def test_replies_that_the_loop_leaves_to_another_thread_are_taken(start_server: 
             for leave in (leave_to_a_holder_that_has_gone, lambda: owner.passivate(lambda: True)):
                 server.pause()
                 written = asyncio.ensure_future(engine.aio.set("s", "k", 2))
-                while not owner._under_way:  # noqa: ASYNC110 - another thread may have the claim still
-                    await asyncio.sleep(0)
+                await under_way(engine)
                 leave()
                 server.resume()
                 await asyncio.wait_for(written, 20)
@@ -415,8 +415,7 @@ def test_a_loop_that_ends_before_the_reply_keeps_no_event_back(start_server: Sta
             await engine.aio.set("s", "k", 1)
             server.pause()
             task = asyncio.create_task(engine.aio.set("s", "k", 2))
-            await asyncio.sleep(0)
-            await asyncio.sleep(0)
+            await under_way(engine)
             task.cancel()
 
         run(lambda: work(engine))
@@ -436,7 +435,7 @@ def test_a_check_that_was_interrupted_is_arranged_again(
         is_lost.set()
 
     monkeypatch.setattr(Watch, "_check", lose_the_first)
-    with open_at(server.url, {"call_timeout_ms": 60_000}, call_timeout_ms=200) as engine:
+    with open_at(server.url, {"call_timeout_ms": 60_000}, call_timeout_ms=2000) as engine:
         engine.set("s", "k", 0)
         (owner,) = [owner for owner in owners_of(engine) if owner._connection is not None]
 
