@@ -316,7 +316,7 @@ def test_who_waits_for_a_dead_primary_goes_on_at_its_replica_and_nothing_is_sent
         engine.set(scope, "n", 0)
         engine.set(scope, "large", large)
         dead = cluster.owner(_key(scope))
-        until(lambda: dead.ask("WAIT", 1, 1000) == 1, "a replica in step")
+        cluster.wait_until_replicated()
         dead.kill()
         waiting = [InThread(lambda: engine.update(scope, "n", INCREMENT).new_value) for _ in range(8)]
         reading = [InThread(lambda: engine.get(scope, "large")) for _ in range(2)]
