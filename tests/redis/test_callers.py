@@ -221,7 +221,7 @@ def test_close_does_not_leave_an_update_in_its_pause(valkey: Server, monkeypatch
 def test_closing_does_not_wait_for_connections_that_are_being_made(start_server: StartServer) -> None:
     server = start_server()
     limits = {"close_grace_ms": 100}
-    engine = open_at(server.url, limits, call_timeout_ms=300, connect_timeout_ms=60_000, connect_wait_ms=60_000)
+    engine = open_at(server.url, limits, call_timeout_ms=2000, connect_timeout_ms=60_000, connect_wait_ms=60_000)
     engine.set("s", "k", 0)
     server.pause()
 

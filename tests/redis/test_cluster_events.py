@@ -335,7 +335,7 @@ def test_what_is_published_at_a_server_that_was_down_at_the_opening_is_reported(
         down = cluster.nodes[2]
         down.kill()
         writer, reader = [
-            engines.open(cluster.nodes[0], connect_timeout_ms=500, connect_wait_ms=30_000) for _ in range(2)
+            engines.open(cluster.nodes[0], connect_timeout_ms=5000, connect_wait_ms=30_000) for _ in range(2)
         ]
         seen = Seen(reader)
         for server, (scope,) in by_server.items():

@@ -451,7 +451,9 @@ def test_with_pause_what_is_lost_is_counted_and_told(valkey: Server, engines: En
     assert handled.seen[-1][1] == 499
     lost = 501 - len(handled.seen)
     assert lost > 0
-    assert one.stats().store["events_missed"] == lost
+    backend: Any = one._parts.backend
+    # Fewer events are kept than were written, so the reader of the shared events may have been too slow as well.
+    assert one.stats().store["events_missed"] == lost + backend.reader.missed
     assert "were trimmed" in problems(one)
 
 

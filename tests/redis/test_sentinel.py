@@ -261,7 +261,7 @@ def test_sentinels_that_were_set_up_anew_and_count_from_zero_are_believed(start_
 
 
 def test_without_a_primary_calls_fail_in_time_and_say_who_was_asked(setup: SentinelSetup) -> None:
-    with _open(setup, connect_wait_ms=300, connect_timeout_ms=500) as engine:
+    with _open(setup, connect_wait_ms=300, connect_timeout_ms=2000) as engine:
         engine.set("s", "k", 1)
         for sentinel in setup.sentinels:
             sentinel.kill()

@@ -215,7 +215,7 @@ def test_what_cannot_be_watched_is_refused_by_name(valkey: Server, engines: Engi
 
 def test_a_server_that_is_gone_is_an_error_of_the_call(start_server: Any, engines: Engines) -> None:
     server = start_server()
-    one = open_one(engines, server, connect_timeout_ms=300, call_timeout_ms=300, connect_wait_ms=300)
+    one = open_one(engines, server, connect_timeout_ms=2000, call_timeout_ms=2000, connect_wait_ms=2000)
     server.pause()
     try:
         with pytest.raises(StorageError):
