@@ -41,6 +41,8 @@ TASKS = 64
 KEYS = 1_000
 NEVER_REACHED = 1_000_000_000
 """A limit of events, bytes or milliseconds."""
+COUNT_EVERY_S = 0.3
+MOST_COUNTS = 20
 Findings = dict[str, float]
 Settings = dict[str, Any]
 
@@ -163,8 +165,14 @@ def engines(kind: str, place: str, count: str, idle_s: str) -> Findings:
             connected = sum(_info(client, "clients", "connected_clients") for client in clients)
             return connected, 0, sum(_info(client, "memory", "used_memory") for client in clients)
 
-        settle_s = min(1.0, float(idle_s))  # what opening has begun, such as a look at the server, ends
-        time.sleep(settle_s)
+        def settle() -> None:
+            """Wait until what opening has begun, such as a look at the server, has ended: three equal counts."""
+            counts: list[float] = []
+            while len(counts) < MOST_COUNTS and (len(counts) < 3 or len(set(counts[-3:])) > 1):
+                time.sleep(min(COUNT_EVERY_S, float(idle_s)))
+                counts.append(elsewhere()[0])
+
+        settle()
         before = process.num_fds(), process.num_threads(), _resident(), *elsewhere()
         opened: list[Engine] = []
         failed = ""
@@ -179,7 +187,7 @@ def engines(kind: str, place: str, count: str, idle_s: str) -> Findings:
         open_s = time.perf_counter() - began
         if failed:
             print(f"{kind}: stopped at {len(opened)} engines: {failed}", file=sys.stderr)
-        time.sleep(settle_s)
+        settle()
         after = process.num_fds(), process.num_threads(), _resident(), *elsewhere()
         idle = _idle(float(idle_s))
         began = time.perf_counter()

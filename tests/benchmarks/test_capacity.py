@@ -71,8 +71,7 @@ def test_the_script_measures_computes_and_simulates_at_its_small_size(tmp_path: 
         f"{kind} 2": 2 for kind in ("memory", "file", "redis", "shared")
     }
     assert engines["file 2"]["fds"] > engines["memory 2"]["fds"] == 0
-    # Not compared: in so short a time a connection that an engine needs for a moment may be counted too.
-    assert min(engines[f"{kind} 2"]["there_fds"] for kind in ("redis", "shared")) > 0
+    assert engines["shared 2"]["there_fds"] > engines["redis 2"]["there_fds"] > 0
     assert found["writes"]["commits 2, round 1"]["batch"] >= 1
     assert {name: found["writes"][name] for name in given} == given
 
