@@ -538,6 +538,8 @@ def is_registered(work: Work, engine: Engine) -> bool:
     """Try to register it; False if the engine has not read from all servers again yet."""
     try:
         work.take(engine, start="earliest")
-    except StorageError:
+    except StorageError as error:
+        if "try again" not in str(error):
+            raise
         return False
     return True

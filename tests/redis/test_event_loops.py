@@ -40,10 +40,11 @@ def on_main_loop(work: Callable[[], Coroutine[Any, Any, Any]], factory: Any = as
         return runner.run(work())
 
 
-async def under_way(engine: Engine) -> None:
-    """Wait until a command is sent: another thread may have the claim still, and then it sends."""
-    while not owners_of(engine)[0]._under_way:  # noqa: ASYNC110 - nothing announces it
-        await asyncio.sleep(0)
+async def send(engine: Engine) -> None:
+    """Let a task send its command. Not the first one: for that, another thread tells the server the script."""
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert owners_of(engine)[0]._under_way
 
 
 on_each_thread = pytest.mark.parametrize("run", [on_loop, on_main_loop])
@@ -161,7 +162,7 @@ def test_a_loop_that_ends_while_it_waits_leaves_no_answer_to_the_next_caller(
             await engine.aio.get("s", "k")
             server.pause()
             task = asyncio.create_task(engine.aio.set("s", "k", "new"))
-            await under_way(engine)
+            await send(engine)
             task.cancel()
 
         run(work)
@@ -199,7 +200,7 @@ def test_a_thread_that_comes_while_the_loop_waits_does_not_wait_for_the_loop(sta
             await engine.aio.set("s", "k", 1)
             server.pause()
             task = asyncio.create_task(engine.aio.set("s", "k", 2))
-            await under_way(engine)
+            await send(engine)
             blocked.set()
             assert go_on.wait(30)  # the loop is busy with something else
             return await task
@@ -222,7 +223,7 @@ def test_closing_the_engine_lets_go_of_the_loop_s_descriptor(start_server: Start
         await engine.aio.set("s", "k", 1)
         server.pause()
         late = asyncio.create_task(engine.aio.set("s", "k", 2))
-        await under_way(engine)
+        await send(engine)
         watch = owners_of(engine)[0]._watch
         assert watch is not None
         assert watch.active
@@ -293,7 +294,8 @@ def test_replies_that_the_loop_leaves_to_another_thread_are_taken(start_server: 
             for leave in (leave_to_a_holder_that_has_gone, lambda: owner.passivate(lambda: True)):
                 server.pause()
                 written = asyncio.ensure_future(engine.aio.set("s", "k", 2))
-                await under_way(engine)
+                while not owner._under_way:  # noqa: ASYNC110 - another thread may have the claim still
+                    await asyncio.sleep(0)
                 leave()
                 server.resume()
                 await asyncio.wait_for(written, 20)
@@ -405,6 +407,7 @@ def test_a_loop_that_loses_the_connection_to_another_one_posts(valkey: Server, m
 def test_a_loop_that_ends_before_the_reply_keeps_no_event_back(start_server: StartServer, run: Run) -> None:
     server = start_server()
     with open_at(server.url) as engine:
+        engine.set("s", "k", 0)
         heard: list[Any] = []
 
         @engine.on_change(scope="s")
@@ -415,7 +418,7 @@ def test_a_loop_that_ends_before_the_reply_keeps_no_event_back(start_server: Sta
             await engine.aio.set("s", "k", 1)
             server.pause()
             task = asyncio.create_task(engine.aio.set("s", "k", 2))
-            await under_way(engine)
+            await send(engine)
             task.cancel()
 
         run(lambda: work(engine))
