@@ -45,7 +45,10 @@ def at_rest(engine: Engine) -> None:
     """Wait until no thread holds a connection, and nothing waits."""
     actors = list(engine._scopes.values())
     until(lambda: not any(actor.has_waiting() for actor in actors), "a scope stays busy")
-    until(lambda: not any(owner.load() for owner in owners_of(engine)), "a connection stays busy")
+    until(
+        lambda: not any(owner.load() or owner._claim or owner._wanted for owner in owners_of(engine)),
+        "a connection stays busy",
+    )
 
 
 def start_child(name: str, *arguments: object) -> subprocess.Popen[bytes]:

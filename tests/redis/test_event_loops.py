@@ -41,7 +41,7 @@ def on_main_loop(work: Callable[[], Coroutine[Any, Any, Any]], factory: Any = as
 
 
 async def send(engine: Engine) -> None:
-    """Let a task send its command. Not the first one: for that, another thread tells the server the script."""
+    """Let a task send its command. Only when the engine is at rest: another thread tells a new server the scripts."""
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     assert owners_of(engine)[0]._under_way
@@ -157,6 +157,8 @@ def test_a_loop_that_ends_while_it_waits_leaves_no_answer_to_the_next_caller(
     with open_at(server.url, {"call_timeout_ms": 20_000}, call_timeout_ms=20_000) as engine:
         engine.set("s", "k", "old")
         engine.set("t", "k", "theirs")
+        engine.get("s", "k")
+        at_rest(engine)
 
         async def work() -> None:
             await engine.aio.get("s", "k")
@@ -194,6 +196,7 @@ def test_a_thread_that_comes_while_the_loop_waits_does_not_wait_for_the_loop(sta
     server = start_server()
     with open_at(server.url, {"call_timeout_ms": 20_000}, call_timeout_ms=20_000) as engine:
         engine.set("s", "k", 0)
+        at_rest(engine)
         blocked, go_on = threading.Event(), threading.Event()
 
         async def work() -> Any:
@@ -218,6 +221,7 @@ def test_closing_the_engine_lets_go_of_the_loop_s_descriptor(start_server: Start
     server = start_server()
     engine = open_at(server.url, {"close_grace_ms": 1}, call_timeout_ms=20_000)
     engine.set("s", "k", 0)
+    at_rest(engine)
 
     async def work() -> None:
         await engine.aio.set("s", "k", 1)
@@ -408,6 +412,7 @@ def test_a_loop_that_ends_before_the_reply_keeps_no_event_back(start_server: Sta
     server = start_server()
     with open_at(server.url) as engine:
         engine.set("s", "k", 0)
+        at_rest(engine)
         heard: list[Any] = []
 
         @engine.on_change(scope="s")
